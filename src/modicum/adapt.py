@@ -1,0 +1,189 @@
+"""The small training loop on top of `apply`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modicum.apply import Tuned, apply
+from modicum.errors import InvalidInput
+from modicum.optim import SGD, Adam
+from modicum.plan import Plan
+from modicum.trace import Trace
+
+Data = tuple[Any, Any]
+
+
+def adapt(
+    model: nn.Module,
+    plan: Plan,
+    data: Data,
+    *,
+    epochs: int = 10,
+    test: Data | None = None,
+    seed: int = 0,
+    micro_batch: int = 1,
+    record: bool = False,
+    progress: bool = False,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Trace:
+    """Train under a plan and return the Trace; `model` is left alone.
+
+    `data` and `test` are (inputs (n, ...), labels (n,)), or targets (n, outputs) for mse.  Each
+    epoch visits all samples in a new order drawn from `seed`; an update follows every
+    ``plan.accumulate`` samples.  One sample at a time passes through the network, as on a board,
+    so that memory is what the plan says; `micro_batch` > 1 trades memory for speed.  With
+    `record` the trace holds every trained slice after every step.  ``trace.state`` holds what
+    was learned.  Raises InvalidInput for data that does not fit the plan or is not finite.
+    """
+    x, y = check_data(plan, data)
+    tuned = apply(model, plan)
+    x, y = x.to(_device(tuned)), y.to(_device(tuned))
+    trace = Trace(where="torch", plan_hash=plan.hash, seed=seed)
+    if test is not None:
+        test = check_data(plan, test)
+        trace.logits_before = predict(tuned, test[0])
+        trace.accuracy_before = accuracy(plan, trace.logits_before, test[1])
+    rng = np.random.default_rng(seed)
+    trace.order = [int(i) for _ in range(epochs) for i in rng.permutation(len(x))]
+    recorded: dict[str, list[Any]] = {name: [] for name in tuned.trained}
+    start = time.perf_counter()
+    with _bar(progress, len(trace.order)) as advance:
+        for i, loss in _train(tuned, plan, x, y, trace.order, micro_batch):
+            trace.losses.append(loss)
+            if record:
+                for name, p in tuned.trained.items():
+                    recorded[name].append(p.detach().cpu().numpy().copy())
+            if on_step is not None:
+                on_step(i, loss)
+            advance()
+    trace.figures["seconds"] = time.perf_counter() - start
+    if record:
+        trace.tensors = {name: np.stack(values) for name, values in recorded.items() if values}
+    if test is not None:
+        trace.logits_after = predict(tuned, test[0])
+        trace.accuracy_after = accuracy(plan, trace.logits_after, test[1])
+    trace.state = {name: t.cpu().numpy() for name, t in tuned.learned().items()}
+    return trace
+
+
+def _train(
+    tuned: Tuned, plan: Plan, x: Tensor, y: Tensor, order: list[int], micro_batch: int
+) -> Any:
+    """Yield (step, loss) per sample; the update of a sample has happened when it is yielded."""
+    optimizer = torch_optimizer(plan.optimizer, tuned, plan)
+    optimizer.zero_grad(set_to_none=True)
+    done = 0
+    while done < len(order):
+        room = plan.accumulate - done % plan.accumulate
+        rows = order[done : done + min(room, micro_batch)]
+        losses = sample_losses(plan, tuned(x[rows]), y[rows])
+        if not bool(torch.isfinite(losses).all()):
+            raise InvalidInput(
+                f"the loss is not finite at step {done}", hint="a smaller learning rate"
+            )
+        (losses.sum() / plan.accumulate).backward()
+        if (done + len(rows)) % plan.accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for i, loss in enumerate(losses.tolist()):
+            yield done + i, loss
+        done += len(rows)
+
+
+def sample_losses(plan: Plan, logits: Tensor, y: Tensor) -> Tensor:
+    """One loss per sample."""
+    if plan.loss == "mse":
+        return ((logits - y.reshape(logits.shape)) ** 2).flatten(1).mean(1)
+    return nn.functional.cross_entropy(logits, y, reduction="none")
+
+
+def torch_optimizer(config: SGD | Adam, tuned: Tuned, plan: Plan) -> torch.optim.Optimizer:
+    """The optimiser of a plan over the trained slices, with each slice's own step size."""
+    rates = {u.param: u.rates[0] for u in plan.selection}
+    groups = [{"params": [p], "lr": config.lr * rates[n]} for n, p in tuned.trained.items()]
+    if isinstance(config, Adam):
+        return torch.optim.Adam(
+            groups, config.lr, config.betas, config.eps, weight_decay=config.weight_decay
+        )
+    return torch.optim.SGD(
+        groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+
+
+def predict(module: nn.Module, x: Tensor, batch: int = 256) -> Any:
+    """Outputs on many inputs, as a numpy array."""
+    with torch.no_grad():
+        parts = [module(x[i : i + batch].to(_device(module))) for i in range(0, len(x), batch)]
+    return torch.cat(parts).cpu().numpy()
+
+
+def accuracy(plan: Plan, logits: Any, y: Any) -> float | None:
+    """Share of correct labels; None for regression."""
+    if plan.loss == "mse":
+        return None
+    return float((np.asarray(logits).argmax(1) == np.asarray(y)).mean())
+
+
+def check_data(plan: Plan, data: Data) -> tuple[Tensor, Tensor]:
+    """Inputs and labels as tensors; raises InvalidInput for what a plan cannot train on."""
+    x = torch.as_tensor(np.asarray(data[0]), dtype=torch.float32)
+    graph = plan.graph
+    wanted = graph.shape(graph.input)[1:]
+    outputs = graph.values[graph.output].size
+    if tuple(x.shape[1:]) != wanted or not len(x):
+        raise InvalidInput(
+            f"the inputs have shape {tuple(x.shape)}", why=f"the plan needs (n, {_list(wanted)})"
+        )
+    if len(x) != len(data[1]):
+        raise InvalidInput(f"{len(x)} inputs but {len(data[1])} labels")
+    bad = [i for i in range(len(x)) if not bool(torch.isfinite(x[i]).all())]
+    if bad:
+        raise InvalidInput(f"input {bad[0]} has values that are not finite ({len(bad)} inputs do)")
+    if plan.loss == "mse":
+        y = torch.as_tensor(np.asarray(data[1]), dtype=torch.float32)
+        if y.numel() != len(x) * outputs or not bool(torch.isfinite(y).all()):
+            raise InvalidInput(f"targets must be finite and of shape (n, {outputs})")
+        return x, y.reshape(len(x), outputs)
+    y = torch.as_tensor(np.asarray(data[1])).long()
+    if y.dim() != 1 or int(y.min()) < 0 or int(y.max()) >= outputs:
+        raise InvalidInput(
+            f"labels must be whole numbers from 0 to {outputs - 1}",
+            why=f"they range from {int(y.min())} to {int(y.max())}" if y.numel() else None,
+        )
+    return x, y
+
+
+def _list(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+class _bar:
+    """A progress bar on stderr, or nothing."""
+
+    def __init__(self, show: bool, total: int) -> None:
+        self.show, self.total, self.bar = show, total, None
+
+    def __enter__(self) -> Callable[[], None]:
+        if not self.show:
+            return lambda: None
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.bar = Progress(console=Console(stderr=True), transient=True)
+        self.bar.start()
+        task = self.bar.add_task("adapt", total=self.total)
+        return lambda: self.bar.advance(task)
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,207 @@
+"""nn.Module + Plan -> nn.Module that keeps exactly what the plan says, under ordinary autograd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from modicum.capture import state_of
+from modicum.graph import Node
+from modicum.ops import OPS
+from modicum.ops.base import Kept, Wanted
+from modicum.ops.clamp import Clamp
+from modicum.ops.pool import MaxPool2d
+from modicum.plan import Plan
+from modicum.selection import Slice
+from modicum.state import cut, materialise
+
+
+def apply(model: nn.Module, plan: Plan) -> Tuned:
+    """The model as the plan trains it: an ordinary nn.Module for your own loop.
+
+    Its parameters are the trained slices, nothing else; its weights start as copies of the
+    model's, which is left alone.  Works with any loss and optimiser, any batch size, on CPU or
+    GPU.  `write_to(model)` puts what was learned back.  Raises InvalidInput when the plan was
+    made for another model.
+    """
+    plan.check_model(model)
+    return Tuned(model, plan)
+
+
+class Tuned(nn.Module):
+    """A model under a plan.  `trained` maps parameter names to the trained slices."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.nodes = plan.program.graph.nodes
+        self._release = _last_uses(plan)
+        device = next(model.parameters()).device
+        values = materialise(plan.program.graph, state_of(model))
+        self._slices = {t.param: t.slice for t in plan.program.trained}
+        self._slots = nn.ParameterDict()
+        for name, value in values.items():
+            s = self._slices.get(name)
+            if s is not None:
+                part = torch.from_numpy(cut(value, s).copy()).to(device)
+                self._slots[_slot(name)] = nn.Parameter(part)
+            if s is None or not s.whole:
+                self.register_buffer(_slot(name), torch.from_numpy(value.copy()).to(device))
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: self._slots[_slot(name)] for name in self._slices}
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = {self.plan.program.graph.input: x.detach()}
+        for node in self.nodes:
+            inputs = [values[name] for name in node.inputs]
+            for name in self._release[node.name]:
+                del values[name]
+            values[node.name] = self._run(node, inputs)
+            del inputs
+        return values[self.plan.program.graph.output]
+
+    def _run(self, node: Node, inputs: list[Tensor]) -> Tensor:
+        op = OPS[node.op]
+        wanted = self.plan.program.wanted[node.name]
+        if not wanted.any:
+            with torch.no_grad():
+                return op.forward(node, inputs, self._params(node, {}))
+        if op.plain_autograd:
+            return op.forward(node, inputs, {})
+        trained = {role: self._slots[_slot(node.params[role])] for role in wanted.params}
+        y = _Step.apply(self, node, len(inputs), *inputs, *trained.values())
+        return cast(Tensor, y)
+
+    def _params(self, node: Node, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The node's whole parameters; a trained slice is laid over its frozen rest."""
+        params = {}
+        for role, name in node.params.items():
+            s = self._slices.get(name)
+            if s is None:
+                params[role] = getattr(self, _slot(name))
+                continue
+            part = trained[role] if role in trained else self._slots[_slot(name)].detach()
+            params[role] = part if s.whole else _overlay(getattr(self, _slot(name)), part, s)
+        return params
+
+    def write_to(self, model: nn.Module) -> None:
+        """Copy the trained slices into `model`'s parameters of the same names."""
+        targets = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in self.learned().items():
+                targets[name].copy_(value)
+
+    def learned(self) -> dict[str, Tensor]:
+        """The parameters that changed, whole, by name."""
+        whole = {}
+        for name, slot in self.trained.items():
+            s = self._slices[name]
+            part = slot.detach()
+            whole[name] = part.clone() if s.whole else _overlay(getattr(self, _slot(name)), part, s)
+        return whole
+
+
+class _Step(torch.autograd.Function):
+    """One node: forward as the operator says, keeping what the plan says."""
+
+    @staticmethod
+    def forward(ctx: Any, tuned: Tuned, node: Node, n_inputs: int, *tensors: Tensor) -> Tensor:
+        inputs, trained = tensors[:n_inputs], tensors[n_inputs:]
+        program = tuned.plan.program
+        roles = list(program.wanted[node.name].params)
+        params = tuned._params(node, dict(zip(roles, trained, strict=True)))
+        op = OPS[node.op]
+        codes = None
+        if isinstance(op, MaxPool2d) and program.kept[node.name]:
+            y, codes = op.forward_with_codes(node, inputs[0])
+        else:
+            y = op.forward(node, inputs, params)
+        kept = [_keep(k, node, inputs, y, codes) for k in program.kept[node.name]]
+        ctx.save_for_backward(*kept, *trained)
+        ctx.tuned, ctx.node, ctx.n_kept = tuned, node, len(kept)
+        ctx.shapes, ctx.y_shape = [tuple(x.shape) for x in inputs], tuple(y.shape)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        node, tuned = ctx.node, ctx.tuned
+        program = tuned.plan.program
+        wanted: Wanted = program.wanted[node.name]
+        saved = ctx.saved_tensors
+        trained = dict(zip(wanted.params, saved[ctx.n_kept :], strict=True))
+        kept = [
+            _restore(k, node, t, ctx.y_shape)
+            for k, t in zip(program.kept[node.name], saved[: ctx.n_kept], strict=True)
+        ]
+        params = tuned._params(node, trained)
+        dx, grads = OPS[node.op].backward(node, dy, kept, params, wanted, ctx.shapes)
+        return (None, None, None, *dx, *(grads[role] for role in wanted.params))
+
+
+def _keep(k: Kept, node: Node, inputs: Sequence[Tensor], y: Tensor, codes: Tensor | None) -> Tensor:
+    if k.kind == "value":
+        return y if k.value == node.name else inputs[node.inputs.index(k.value)]
+    if k.kind == "channels":
+        dim = -1 if node.op == "linear" else 1
+        index = torch.tensor(k.channels, device=y.device)
+        return inputs[0].index_select(dim, index)
+    if k.kind == "mask":
+        return pack_bits(cast(Clamp, OPS["clamp"]).passes(node, y).to(torch.uint8), 1)
+    assert codes is not None
+    return pack_bits(codes.to(torch.uint8), k.bits)
+
+
+def _restore(k: Kept, node: Node, t: Tensor, y_shape: tuple[int, ...]) -> Tensor:
+    """What the operator's backward takes: a clamp gets its mask, a pool its codes."""
+    if k.kind in ("mask", "code"):
+        n = math.prod(y_shape)
+        flat = unpack_bits(t, k.bits, n).reshape(y_shape)
+        return flat.bool() if k.kind == "mask" else flat.long()
+    if node.op == "clamp":
+        return cast(Clamp, OPS["clamp"]).passes(node, t)
+    return t
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """uint8 values below 2**bits, packed 8 // bits to a byte, the first in the lowest bits."""
+    per = 8 // bits
+    flat = nn.functional.pad(values.flatten(), (0, -values.numel() % per)).view(-1, per)
+    shifts = torch.arange(per, device=values.device, dtype=torch.uint8) * bits
+    return (flat << shifts).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+    shifts = torch.arange(8 // bits, device=packed.device, dtype=torch.uint8) * bits
+    return ((packed[:, None] >> shifts) & ((1 << bits) - 1)).flatten()[:n]
+
+
+def _overlay(full: Tensor, part: Tensor, s: Slice) -> Tensor:
+    out = full.clone()
+    rows = torch.arange(full.shape[0]) if s.out is None else torch.tensor(s.out)
+    if s.inp is None:
+        out[rows] = part.detach()
+    else:
+        out[rows[:, None], torch.tensor(s.inp)[None, :]] = part.detach()
+    return out
+
+
+def _last_uses(plan: Plan) -> dict[str, list[str]]:
+    """Node -> the values that nothing after it reads."""
+    graph = plan.program.graph
+    release: dict[str, list[str]] = {n.name: [] for n in graph.nodes}
+    for name, users in graph.consumers.items():
+        if users and name != graph.output:
+            release[users[-1].name].append(name)
+    return release
+
+
+def _slot(name: str) -> str:
+    """Module attributes cannot have dots."""
+    return name.replace(".", "/")

@@ -1,0 +1,462 @@
+"""nn.Module + example -> Graph, through torch.export.  The only file that knows ATen."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from modicum.errors import UnsupportedOperator, UsageError
+from modicum.graph import Graph, Node, Param, Shape, Value
+from modicum.ops import OPS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def capture(model: nn.Module, example: torch.Tensor) -> Graph:
+    """Capture the forward pass of `model` (in eval mode) for one sample.
+
+    `example` is one input or a batch of them, shape (n, ...); only the first is used.  The model
+    is left as it was.  Raises UnsupportedOperator naming every operator that modicum does not
+    have, with the modules they come from, and UsageError when the model does not run.
+
+    >>> graph = capture(torch.nn.Linear(4, 2), torch.zeros(1, 4))
+    >>> print(graph.nodes[0].op)
+    linear
+    """
+    exported = _export(model, example[:1])
+    return _Reader(exported).graph()
+
+
+def _export(model: nn.Module, example: torch.Tensor) -> Any:
+    import torch
+
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, (example,))
+            # without a table this only makes in-place operators functional
+            return program.run_decompositions({})
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"the model cannot be captured with an input of shape {tuple(example.shape)}",
+            why=first,
+            hint="call the model on the example yourself; torch.export has to be able to trace it",
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+class _Unsupported(Exception):
+    """A node that cannot be read; collected, so that all are listed at once."""
+
+
+class _Reader:
+    """Reads one exported program; used once."""
+
+    def __init__(self, exported: Any) -> None:
+        self.exported = exported
+        self.nodes: list[Node] = []
+        self.values: dict[str, Value] = {}
+        self.params: dict[str, Param] = {}
+        self.alias: dict[str, str] = {}  # fx name -> value name
+        self.pads: dict[str, tuple[str, tuple[int, int, int, int]]] = {}
+        self.state_names: dict[str, str] = {}  # fx placeholder -> state dict key
+        self.problems: list[str] = []
+
+    def graph(self) -> Graph:
+        import torch
+
+        signature = self.exported.graph_signature
+        self.state_names = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **getattr(signature, "inputs_to_lifted_tensor_constants", {}),
+        }
+        self.trainable = set(signature.inputs_to_parameters.values())
+        inputs = [n for n in signature.user_inputs if isinstance(n, str)]
+        if len(inputs) != 1 or len(signature.user_outputs) != 1:
+            raise UsageError(
+                f"the model has {len(inputs)} inputs and {len(signature.user_outputs)} outputs",
+                hint="modicum trains models with one input tensor and one output tensor",
+            )
+        for fx in self.exported.graph.nodes:
+            if fx.op == "placeholder" and fx.name == inputs[0]:
+                if fx.meta["val"].dtype != torch.float32:
+                    raise UsageError(f"the input is {fx.meta['val'].dtype}, modicum needs float32")
+                self.values["input"] = Value(name="input", shape=tuple(fx.meta["val"].shape))
+                self.alias[fx.name] = "input"
+            elif fx.op == "call_function":
+                self._read(fx)
+        if self.problems:
+            raise UnsupportedOperator(
+                f"{len(self.problems)} operators of the model are not supported",
+                where=self.problems,
+                hint="replace them, or see `modicum ops` for the operators that there are",
+            )
+        return self._pruned(self.alias[signature.user_outputs[0]])
+
+    def _read(self, fx: Any) -> None:
+        target = str(getattr(fx.target, "__name__", fx.target))
+        reader = READERS.get(target.split(".")[0])
+        try:
+            if reader is None:
+                raise _Unsupported("not supported")
+            reader(self, fx)
+        except _Unsupported as problem:
+            text = f"{_module(fx) or '(model)'}: {target}"
+            self.problems.append(f"{text} ({problem})" if str(problem) else text)
+            # go on with a stand-in, so that all problems are found in one run
+            name = self._name(fx)
+            val = fx.meta.get("val")
+            shape = tuple(val.shape) if hasattr(val, "shape") else (1,)
+            self.values[name] = Value(name=name, shape=tuple(max(1, int(d)) for d in shape))
+            self.alias[fx.name] = name
+
+    # ---- helpers for the readers ----
+
+    def value(self, fx: Any) -> str:
+        """The name of the value behind an argument that is a tensor."""
+        name = self.alias.get(getattr(fx, "name", ""))
+        if name is None:
+            pad = self.pads.get(getattr(fx, "name", ""))
+            why = "padding that is not followed by a convolution" if pad else "a constant operand"
+            raise _Unsupported(why)
+        return name
+
+    def shape(self, fx: Any) -> Shape:
+        return self.values[self.value(fx)].shape
+
+    def add(
+        self,
+        fx: Any,
+        op: str,
+        inputs: list[str],
+        params: dict[str, Any] | None = None,
+        name: str | None = None,
+        **attrs: Any,
+    ) -> str:
+        """Append a node.  Parameters are fx placeholders; None is left out."""
+        roles = {r: self._param(p) for r, p in (params or {}).items() if p is not None}
+        node = Node(
+            name=name or self._name(fx),
+            op=op,
+            inputs=tuple(inputs),
+            params=roles,
+            attrs=attrs,
+            module=_module(fx),
+        )
+        try:
+            shape = OPS[op].shape(node, [self.values[x].shape for x in inputs], self.params)
+        except (ValueError, IndexError) as problem:
+            raise _Unsupported(str(problem)) from None
+        self.nodes.append(node)
+        self.values[node.name] = Value(name=node.name, shape=shape)
+        self.alias[fx.name] = node.name
+        return node.name
+
+    def _param(self, fx: Any) -> str:
+        key = self.state_names.get(getattr(fx, "name", ""))
+        if key is None:
+            raise _Unsupported("its weights are computed, not stored")
+        val = fx.meta["val"]
+        trainable = key in self.trainable
+        self.params[key] = Param(name=key, shape=tuple(val.shape), trainable=trainable)
+        return key
+
+    def _name(self, fx: Any) -> str:
+        """The module's path where a module is one operator, otherwise with the fx name."""
+        module = _module(fx)
+        kind = fx.name.rstrip("0123456789").rstrip("_")
+        name = module if module and module not in self.values else fx.name
+        if name in self.values:
+            name = f"{module}.{kind}"
+        while name in self.values:
+            name += "'"
+        return name
+
+    def _pruned(self, output: str) -> Graph:
+        """Without what the output does not need."""
+        needed, nodes = {output}, []
+        for node in reversed(self.nodes):
+            if node.name in needed:
+                needed.update(node.inputs)
+                nodes.append(node)
+        nodes.reverse()
+        params = {p for n in nodes for p in n.params.values()}
+        return Graph(
+            input="input",
+            output=output,
+            values={k: v for k, v in self.values.items() if k in needed or k == "input"},
+            params={k: v for k, v in self.params.items() if k in params},
+            nodes=tuple(nodes),
+        )
+
+
+# ---- one reader per ATen operator ------------------------------------------------------------
+
+Reader = Callable[[_Reader, Any], None]
+
+
+def _args(fx: Any, *names_and_defaults: tuple[str, Any]) -> list[Any]:
+    """Positional and keyword arguments of a call, defaults filled in."""
+    values = []
+    for i, (name, default) in enumerate(names_and_defaults):
+        values.append(fx.args[i] if i < len(fx.args) else fx.kwargs.get(name, default))
+    return values
+
+
+def _pair(v: Any) -> tuple[int, int]:
+    if isinstance(v, int):
+        return (v, v)
+    v = list(v)
+    return (int(v[0]), int(v[-1]))
+
+
+def _conv2d(r: _Reader, fx: Any) -> None:
+    x, weight, bias, stride, padding, dilation, groups = _args(
+        fx, ("input", None), ("weight", None), ("bias", None), ("stride", 1), ("padding", 0),
+        ("dilation", 1), ("groups", 1),
+    )  # fmt: skip
+    kernel = tuple(weight.meta["val"].shape)[2:]
+    dilation = _pair(dilation)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        top, left = total[0] // 2, total[1] // 2
+        pads = (top, left, total[0] - top, total[1] - left)
+    elif padding == "valid":
+        pads = (0, 0, 0, 0)
+    else:
+        ph, pw = _pair(padding)
+        pads = (ph, pw, ph, pw)
+    if getattr(x, "name", "") in r.pads:
+        source, before = r.pads[x.name]
+        pads = tuple(a + b for a, b in zip(pads, before, strict=True))
+    else:
+        source = r.value(x)
+    r.add(
+        fx,
+        "conv2d",
+        [source],
+        {"weight": weight, "bias": bias},
+        stride=_pair(stride),
+        padding=pads,
+        dilation=dilation,
+        groups=int(groups),
+    )
+
+
+def _convolution(r: _Reader, fx: Any) -> None:
+    """aten.convolution, which some versions of PyTorch write instead of conv2d."""
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = fx.args
+    if transposed or len(stride) != 2:
+        raise _Unsupported("only 2-D convolutions that are not transposed")
+    kernel = {"padding": padding, "stride": stride, "dilation": dilation, "groups": groups}
+    _conv2d(r, _Renamed(fx, (x, weight, bias), kernel))
+
+
+class _Renamed:
+    """An fx node seen with other arguments."""
+
+    def __init__(self, fx: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.name, self.meta, self.args, self.kwargs = fx.name, fx.meta, args, kwargs
+
+
+def _pad(r: _Reader, fx: Any) -> None:
+    x, pad, value = _args(fx, ("self", None), ("pad", ()), ("value", 0.0))
+    if value or len(pad) not in (2, 4) or min(pad) < 0 or len(r.shape(x)) != 4:
+        raise _Unsupported("only zero padding of height and width")
+    left, right, top, bottom = (*pad, 0, 0)[:4]
+    r.pads[fx.name] = (r.value(x), (top, left, bottom, right))
+
+
+def _general_pad(r: _Reader, fx: Any) -> None:
+    if len(fx.args) > 2 and fx.args[2] != "constant":
+        raise _Unsupported("only zero padding")
+    _pad(r, _Renamed(fx, fx.args[:2], {"value": (fx.args[3] if len(fx.args) > 3 else 0) or 0}))
+
+
+def _linear(r: _Reader, fx: Any) -> None:
+    x, weight, bias = _args(fx, ("input", None), ("weight", None), ("bias", None))
+    r.add(fx, "linear", [r.value(x)], {"weight": weight, "bias": bias})
+
+
+def _batch_norm(r: _Reader, fx: Any) -> None:
+    if "native" in str(fx.target):
+        x, weight, bias, mean, var, _, eps = fx.args
+    else:
+        x, weight, bias, mean, var, training, _, eps, *_ = fx.args
+        if training:
+            raise _Unsupported("batch statistics; put the model in eval mode")
+    if mean is None:
+        raise _Unsupported("a batch norm without running statistics")
+    if len(r.shape(x)) not in (2, 4):
+        raise _Unsupported("a batch norm over rank 3")
+    params = {"weight": weight, "bias": bias, "mean": mean, "var": var}
+    r.add(fx, "batch_norm", [r.value(x)], params, eps=float(eps))
+
+
+def _getitem(r: _Reader, fx: Any) -> None:
+    source, index = fx.args
+    if index != 0:
+        raise _Unsupported(f"output {index} of {source.name}")
+    r.alias[fx.name] = r.value(source)
+
+
+def _clamp(lo: float | None, hi: float | None) -> Reader:
+    def read(r: _Reader, fx: Any) -> None:
+        _add_clamp(r, fx, lo, hi)
+
+    return read
+
+
+def _hardtanh(r: _Reader, fx: Any) -> None:
+    _, lo, hi = _args(fx, ("self", None), ("min_val", -1.0), ("max_val", 1.0))
+    _add_clamp(r, fx, lo, hi)
+
+
+def _aten_clamp(r: _Reader, fx: Any) -> None:
+    _, lo, hi = _args(fx, ("self", None), ("min", None), ("max", None))
+    _add_clamp(r, fx, lo, hi)
+
+
+def _add_clamp(r: _Reader, fx: Any, lo: float | None, hi: float | None) -> None:
+    bounds = {"lo": None if lo is None else float(lo), "hi": None if hi is None else float(hi)}
+    r.add(fx, "clamp", [r.value(fx.args[0])], **bounds)
+
+
+def _max_pool2d(r: _Reader, fx: Any) -> None:
+    x, kernel, stride, pad, dilation, ceil = _args(
+        fx, ("self", None), ("kernel_size", None), ("stride", None), ("padding", 0),
+        ("dilation", 1), ("ceil_mode", False),
+    )  # fmt: skip
+    r.add(
+        fx,
+        "max_pool2d",
+        [r.value(x)],
+        kernel=_pair(kernel),
+        stride=_pair(stride or kernel),
+        pad=_pair(pad),
+        dilation=_pair(dilation),
+        ceil=bool(ceil),
+    )
+
+
+def _avg_pool2d(r: _Reader, fx: Any) -> None:
+    x, kernel, stride, pad, ceil, include, divisor = _args(
+        fx, ("self", None), ("kernel_size", None), ("stride", None), ("padding", 0),
+        ("ceil_mode", False), ("count_include_pad", True), ("divisor_override", None),
+    )  # fmt: skip
+    r.add(
+        fx,
+        "avg_pool2d",
+        [r.value(x)],
+        kernel=_pair(kernel),
+        stride=_pair(stride or kernel),
+        pad=_pair(pad),
+        ceil=bool(ceil),
+        include_pad=bool(include),
+        divisor=int(divisor or 0),
+    )
+
+
+def _adaptive_avg_pool2d(r: _Reader, fx: Any) -> None:
+    x, size = fx.args[:2]
+    sizes = [size, size] if isinstance(size, int) else list(size)
+    given = [s if s is not None else n for s, n in zip(sizes, r.shape(x)[-2:], strict=True)]
+    r.add(fx, "adaptive_avg_pool2d", [r.value(x)], size=(int(given[0]), int(given[1])))
+
+
+def _mean(r: _Reader, fx: Any) -> None:
+    x, dims, keep = _args(fx, ("self", None), ("dim", None), ("keepdim", False))
+    shape = r.shape(x)
+    axes = sorted(d % len(shape) for d in dims or ())
+    if len(shape) != 4 or axes != [2, 3]:
+        raise _Unsupported("only the mean over height and width")
+    pooled = r._name(fx)
+    r.add(fx, "adaptive_avg_pool2d", [r.value(x)], name=pooled, size=(1, 1))
+    if not keep:
+        r.add(fx, "reshape", [pooled], name=f"{pooled}.flat", shape=(1, shape[1]))
+
+
+def _add(r: _Reader, fx: Any) -> None:
+    if fx.kwargs.get("alpha", 1) != 1 or len(fx.args) != 2:
+        raise _Unsupported("only a plain sum of two tensors")
+    r.add(fx, "add", [r.value(fx.args[0]), r.value(fx.args[1])])
+
+
+def _cat(r: _Reader, fx: Any) -> None:
+    xs = [r.value(x) for x in fx.args[0]]
+    dim = fx.args[1] if len(fx.args) > 1 else 0
+    r.add(fx, "concat", xs, dim=int(dim) % len(r.values[xs[0]].shape))
+
+
+def _reshape(r: _Reader, fx: Any) -> None:
+    """view, reshape, flatten, squeeze, unsqueeze: whatever keeps the elements in order."""
+    out = tuple(int(d) for d in fx.meta["val"].shape)
+    x = r.value(fx.args[0])
+    if out == r.values[x].shape:
+        r.alias[fx.name] = x
+    elif out[:1] != (1,) or math.prod(out) != math.prod(r.values[x].shape):
+        raise _Unsupported("it mixes the batch dimension with others")
+    else:
+        r.add(fx, "reshape", [x], shape=out)
+
+
+def _same(r: _Reader, fx: Any) -> None:
+    r.alias[fx.name] = r.value(fx.args[0])
+
+
+READERS: dict[str, Reader] = {
+    "conv2d": _conv2d,
+    "convolution": _convolution,
+    "constant_pad_nd": _pad,
+    "pad": _general_pad,
+    "linear": _linear,
+    "batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "getitem": _getitem,
+    "relu": _clamp(0.0, None),
+    "relu6": _clamp(0.0, 6.0),
+    "hardtanh": _hardtanh,
+    "clamp": _aten_clamp,
+    "max_pool2d": _max_pool2d,
+    "avg_pool2d": _avg_pool2d,
+    "adaptive_avg_pool2d": _adaptive_avg_pool2d,
+    "_adaptive_avg_pool2d": _adaptive_avg_pool2d,
+    "mean": _mean,
+    "add": _add,
+    "cat": _cat,
+    "view": _reshape,
+    "reshape": _reshape,
+    "_unsafe_view": _reshape,
+    "flatten": _reshape,
+    "squeeze": _reshape,
+    "unsqueeze": _reshape,
+    "clone": _same,
+    "contiguous": _same,
+    "dropout": _same,
+    "detach": _same,
+    "alias": _same,
+}
+
+
+def _module(fx: Any) -> str:
+    stack = fx.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return str(path)
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """The model's parameters and buffers as float32 numpy arrays, by name."""
+    entries = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        name: t.detach().cpu().float().numpy() for name, t in entries.items() if t.is_floating_point()
+    }

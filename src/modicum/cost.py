@@ -1,0 +1,170 @@
+"""What a program costs: RAM in all its parts, flash, and multiply-accumulates."""
+
+from __future__ import annotations
+
+from modicum.board import Board
+from modicum.graph import Frozen
+from modicum.lower import Program, lower_inference, saved_key
+from modicum.memory import Placement, lower_bound
+from modicum.ops.base import Const, Indices, Kept, Struct, count
+from modicum.selection import Slice
+
+# Measured on the emulated boards with the emitted port (gcc 12): the deepest stack of a training
+# step from reset on, and .data + .bss outside the arena.  tests/qemu checks both.
+MCU_STACK = 1024
+MCU_STATIC = 192
+# A Linux process: the panels that the vector kernels pack weights into lie on the stack.
+LINUX_STACK = 32 * 1024
+CODE_BASE = 6 * 1024
+CODE_PER_KERNEL = 900
+CALL_BYTES = 40
+
+
+class LayerCost(Frozen):
+    """One node of the prepared graph: what is trained, what is kept and why, and its MACs."""
+
+    name: str
+    op: str
+    module: str
+    shape: tuple[int, ...]
+    trained: tuple[str, ...] = ()
+    kept: tuple[tuple[str, int, str], ...] = ()  # kind, bytes, why
+    macs_forward: int = 0
+    macs_dx: int = 0
+    macs_dw: int = 0
+
+
+class Cost(Frozen):
+    """Bytes and MACs of one training step with batch 1.
+
+    floor: live bytes of inference alone, which no selection goes below; lower_bound: the most
+    bytes live at once; arena: what was placed, persistent part (trained weights, optimiser
+    state, accumulated gradients) included; static: .data and .bss beside the arena; ram: arena +
+    static + stack.  saved: bytes kept from the forward to the backward pass.  flash: frozen
+    weights, initial values of the trained ones, and an estimate of the code.
+    """
+
+    floor: int
+    floor_at: str
+    lower_bound: int
+    arena: int
+    saved: int
+    trained_params: int
+    trained_bytes: int
+    optimizer_bytes: int
+    accumulator_bytes: int
+    static: int
+    stack: int
+    ram: int
+    flash_weights: int
+    flash_code: int
+    flash: int
+    upload: int
+    macs_forward: int
+    macs_backward: int
+
+
+def cost(program: Program, placement: Placement, board: Board | None) -> Cost:
+    inference = lower_inference(program.graph)
+    by_kind = {kind: 0 for kind in ("weight", "optimizer", "accumulator")}
+    for buffer in program.buffers.values():
+        if buffer.kind in by_kind:
+            by_kind[buffer.kind] += buffer.bytes
+    mcu = board is not None and board.kind == "mcu"
+    outputs = program.graph.values[program.graph.output].bytes
+    static = MCU_STATIC + outputs
+    stack = MCU_STACK if mcu else LINUX_STACK
+    weights, code = flash(program)
+    trained = sum(t.size for t in program.trained)
+    return Cost(
+        floor=lower_bound(inference),
+        floor_at=_peak_node(inference),
+        lower_bound=placement.lower_bound,
+        arena=placement.arena,
+        saved=program.saved_bytes,
+        trained_params=trained,
+        trained_bytes=by_kind["weight"],
+        optimizer_bytes=by_kind["optimizer"],
+        accumulator_bytes=by_kind["accumulator"],
+        static=static,
+        stack=stack,
+        ram=placement.arena + static + stack,
+        flash_weights=weights,
+        flash_code=code,
+        flash=weights + code,
+        upload=4 * trained,
+        macs_forward=sum(m.forward for m in program.macs.values()),
+        macs_backward=sum(m.dx + m.dw for m in program.macs.values()),
+    )
+
+
+def flash(program: Program) -> tuple[int, int]:
+    """(bytes of constant data, estimate of the code's bytes)."""
+    args = {a for step in program.steps for call in step.calls for a in call.args if _constant(a)}
+    data = 0
+    for a in args:
+        if isinstance(a, Const):
+            param = program.graph.params[a.param]
+            data += 4 * count(a.channels, param.shape[0]) * (param.size // param.shape[0])
+        elif isinstance(a, Indices) and a.channels is not None:
+            data += 2 * len(a.channels)
+        elif isinstance(a, Struct):
+            data += 4 * len(a.fields)
+    data += sum(4 * t.size for t in program.trained)
+    calls = [call for step in program.steps for call in step.calls]
+    kernels = {call.fn for call in calls}
+    return data, CODE_BASE + CODE_PER_KERNEL * len(kernels) + CALL_BYTES * len(calls)
+
+
+def _constant(a: object) -> bool:
+    return isinstance(a, Const | Indices | Struct)
+
+
+def _peak_node(program: Program) -> str:
+    from modicum.memory import live_bytes
+
+    live = live_bytes(program)
+    return program.steps[live.index(max(live))].node
+
+
+def layer_costs(program: Program) -> tuple[LayerCost, ...]:
+    """One row per node of the prepared graph, in order; a thing kept is listed once."""
+    rows, seen = [], set()
+    for node in program.graph.nodes:
+        kept = []
+        for k in program.kept[node.name]:
+            shared = saved_key(k) in seen
+            seen.add(saved_key(k))
+            kept.append((k.kind, 0 if shared else k.bytes, _why(k, shared)))
+        macs = program.macs[node.name]
+        slices = program.wanted[node.name].params
+        rows.append(
+            LayerCost(
+                name=node.name,
+                op=node.op,
+                module=node.module,
+                shape=program.graph.shape(node.name),
+                trained=tuple(
+                    f"{role}{_describe(s, program.graph.params[node.params[role]].shape)}"
+                    for role, s in slices.items()
+                ),
+                kept=tuple(kept),
+                macs_forward=macs.forward,
+                macs_dx=macs.dx,
+                macs_dw=macs.dw,
+            )
+        )
+    return tuple(rows)
+
+
+def _why(k: Kept, shared: bool) -> str:
+    return f"{k.why} (counted above)" if shared else k.why
+
+
+def _describe(s: Slice, shape: tuple[int, ...]) -> str:
+    parts = []
+    if s.out is not None:
+        parts.append(f"{len(s.out)}/{shape[0]} out")
+    if s.inp is not None:
+        parts.append(f"{len(s.inp)}/{shape[1]} in")
+    return f"[{', '.join(parts)}]" if parts else ""

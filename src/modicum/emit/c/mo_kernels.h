@@ -1,0 +1,150 @@
+/* modicum kernels: float32 forward / backward pairs in plain pointers.
+
+   Layouts   activations [h][w][c] (one sample); convolution weights
+             [out_c][k_h][k_w][in_c / groups]; depthwise weights [k_h][k_w][c].
+   Order     every output element is one sequential sum in a fixed order (bias first, then
+             kernel row, kernel column, channel; pixels in raster order for weight gradients).
+             Tiles and vector lanes only choose which elements are computed side by side, so a
+             build with -ffp-contract=off gives the same bits on every target.
+   Clamp     lo < hi; pass MO_NO_LO / MO_NO_HI for no activation, 0 and 6 for relu6.
+   No kernel allocates, recurses or keeps state.  dx / dw / y never overlap their inputs
+   unless a comment says "may be in place". */
+#ifndef MO_KERNELS_H
+#define MO_KERNELS_H
+
+#include <math.h> /* INFINITY; no function of it is called */
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* infinities, and not the largest floats: an overflow passes through and stays visible */
+#define MO_NO_LO (-INFINITY)
+#define MO_NO_HI (INFINITY)
+
+typedef struct {
+  int32_t in_h, in_w, in_c;
+  int32_t out_h, out_w, out_c;
+  int32_t k_h, k_w, stride_h, stride_w;
+  int32_t pad_t, pad_l, dil_h, dil_w, groups;
+} mo_conv_t;
+
+typedef struct {
+  int32_t in_h, in_w, c;
+  int32_t out_h, out_w;
+  int32_t k_h, k_w, stride_h, stride_w;
+  int32_t pad_t, pad_l, pad_b, pad_r, dil_h, dil_w;
+} mo_pool_t;
+
+/* ---- conv.c: any kernel, stride, padding, dilation, groups; a linear layer over P rows is the
+        1x1 convolution of an image of 1 x P pixels ---- */
+/* y = clamp(conv(x, w) + b); b may be NULL */
+void mo_conv2d_forward(float *y, const float *x, const float *w, const float *b,
+                       const mo_conv_t *g, float lo, float hi);
+/* dx = conv^T(dy, w), or dx += with accumulate */
+void mo_conv2d_dx(float *dx, const float *dy, const float *w, const mo_conv_t *g, int accumulate);
+/* rows [row0, row1) of dw = sum over pixels of dy x; dw points at row row0; a row is
+   k_h * k_w * in_c / groups floats.  dw += with accumulate */
+void mo_conv2d_dw(float *dw, const float *dy, const float *x, const mo_conv_t *g, int32_t row0,
+                  int32_t row1, int accumulate);
+
+/* ---- depthwise.c: groups == in_c == out_c ---- */
+void mo_depthwise_forward(float *y, const float *x, const float *w, const float *b,
+                          const mo_conv_t *g, float lo, float hi);
+void mo_depthwise_dx(float *dx, const float *dy, const float *w, const mo_conv_t *g,
+                     int accumulate);
+/* kernel rows [row0, row1) of dw; a row is k_w * c floats; dw points at row row0 */
+void mo_depthwise_dw(float *dw, const float *dy, const float *x, const mo_conv_t *g, int32_t row0,
+                     int32_t row1, int accumulate);
+
+/* ---- affine.c: per-channel operations on [pixels][c] ---- */
+/* db[c] = sum over pixels of dy */
+void mo_bias_grad(float *db, const float *dy, int32_t pixels, int32_t c, int accumulate);
+/* y = clamp((x - mean) * rstd * gamma + beta), batch norm with frozen statistics; evaluated as
+   x * (gamma * rstd) + (beta - mean * gamma * rstd), scale and shift formed once per channel.
+   May be in place. */
+void mo_affine_forward(float *y, const float *x, const float *gamma, const float *beta,
+                       const float *mean, const float *rstd, int32_t pixels, int32_t c, float lo,
+                       float hi);
+/* dx = dy * gamma * rstd; may be in place */
+void mo_affine_dx(float *dx, const float *dy, const float *gamma, const float *rstd,
+                  int32_t pixels, int32_t c);
+/* dgamma[j] = sum over pixels of dy[j] * (x[j] - mean[j]) * rstd[j] */
+void mo_affine_dgamma(float *dgamma, const float *dy, const float *x, const float *mean,
+                      const float *rstd, int32_t pixels, int32_t c, int accumulate);
+
+/* ---- activation.c ---- */
+/* y = clamp(x); may be in place */
+void mo_clamp_forward(float *y, const float *x, int32_t n, float lo, float hi);
+/* bit i (LSB first) of mask = lo < y[i] && y[i] < hi; (n + 7) / 8 bytes, spare bits 0 */
+void mo_mask_pack(uint8_t *mask, const float *y, int32_t n, float lo, float hi);
+/* dx = mask ? dy : 0; may be in place */
+void mo_mask_backward(float *dx, const float *dy, const uint8_t *mask, int32_t n);
+/* the same from the kept output: dx = (lo < y && y < hi) ? dy : 0; may be in place on dy */
+void mo_clamp_backward(float *dx, const float *dy, const float *y, int32_t n, float lo, float hi);
+
+/* ---- pool.c ---- */
+/* code (may be NULL) keeps the winning position kh * k_w + kw in `bits` bits per output element,
+   elements in memory order, LSB first; bits is 2, 4 or 8.  Padding never wins; the first maximum
+   in raster order wins. */
+void mo_maxpool_forward(float *y, uint8_t *code, const float *x, const mo_pool_t *g, int bits);
+void mo_maxpool_backward(float *dx, const float *dy, const uint8_t *code, const mo_pool_t *g,
+                         int bits);
+/* divisor > 0 overrides; otherwise the window's size as PyTorch counts it: with include_pad the
+   window clipped to the padded input (in + pad_t + pad_b), else clipped to the input */
+void mo_avgpool_forward(float *y, const float *x, const mo_pool_t *g, int include_pad,
+                        int32_t divisor);
+void mo_avgpool_backward(float *dx, const float *dy, const mo_pool_t *g, int include_pad,
+                         int32_t divisor);
+/* window i covers floor(i * in / out) .. ceil((i + 1) * in / out); a 1x1 output is the mean */
+void mo_adaptive_avgpool_forward(float *y, const float *x, int32_t in_h, int32_t in_w,
+                                 int32_t out_h, int32_t out_w, int32_t c);
+void mo_adaptive_avgpool_backward(float *dx, const float *dy, int32_t in_h, int32_t in_w,
+                                  int32_t out_h, int32_t out_w, int32_t c);
+
+/* ---- move.c: additions, copies, gathers ---- */
+/* y = clamp(a + b); may be in place on a or b */
+void mo_add(float *y, const float *a, const float *b, int32_t n, float lo, float hi);
+/* `blocks` runs of `len` floats, strides in floats; accumulate adds instead of copying */
+void mo_copy_blocks(float *dst, int32_t dst_stride, const float *src, int32_t src_stride,
+                    int32_t blocks, int32_t len, int accumulate);
+/* dst[r][j] = src[r][idx[j]] for r < rows; src has c columns, dst n */
+void mo_gather(float *dst, const float *src, const uint16_t *idx, int32_t rows, int32_t c,
+               int32_t n);
+/* dst[c][r] = src[r][c] */
+void mo_transpose(float *dst, const float *src, int32_t rows, int32_t cols);
+/* full = base with the trained slice laid over it: full[out[a]][t][in[b]] = slice[a][t][b];
+   a NULL index list means all */
+void mo_assemble(float *full, const float *base, const float *slice, const uint16_t *out_idx,
+                 int32_t n_out, const uint16_t *in_idx, int32_t n_in, int32_t rows, int32_t taps,
+                 int32_t cols);
+
+/* ---- loss.c: own exp and log (no libm), relative error below 1e-6 ---- */
+float mo_exp(float x);
+float mo_log(float x);
+/* returns the cross-entropy of softmax(z) and replaces z by scale * (softmax(z) - onehot) */
+float mo_cross_entropy(float *z, int32_t n, int32_t label, float scale);
+/* returns mean (z - target)^2 and replaces z by scale * 2 (z - target) / n */
+float mo_mse(float *z, const float *target, int32_t n, float scale);
+
+/* ---- optim.c: in place on w (and state) over n contiguous floats; g gains weight_decay * w ---- */
+void mo_sgd(float *w, const float *g, int32_t n, float lr, float weight_decay);
+/* v = momentum * v + g; w -= lr * v */
+void mo_momentum(float *w, const float *g, float *v, int32_t n, float lr, float momentum,
+                 float weight_decay);
+/* c1 = 1 - beta1^t, c2 = 1 - beta2^t; w -= lr * (m / c1) / (sqrt(v / c2) + eps), as PyTorch */
+void mo_adam(float *w, const float *g, float *m, float *v, int32_t n, float lr, float beta1,
+             float beta2, float eps, float c1, float c2, float weight_decay);
+
+/* ---- guard.c ---- */
+/* 1 if every one of n floats is finite (bit test, so -ffast-math cannot remove it) */
+int mo_all_finite(const float *x, int32_t n);
+/* CRC-32 (IEEE 802.3, reflected 0xEDB88320), crc starts at 0 and may be chained */
+uint32_t mo_crc32(uint32_t crc, const void *data, size_t n);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

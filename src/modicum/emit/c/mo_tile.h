@@ -1,0 +1,110 @@
+/* Vector types and the few compiler extensions that the tiled kernels use, each with a plain C99
+   fallback of one lane.  Internal: include mo_kernels.h from outside. */
+#ifndef MO_TILE_H
+#define MO_TILE_H
+
+#include <stdint.h>
+#include <string.h>
+
+/* MO_LANES: floats per vector, 1, 4, 8 or 16 */
+#ifndef MO_LANES
+#if !defined(__GNUC__)
+#define MO_LANES 1
+#elif defined(__AVX512F__)
+#define MO_LANES 16
+#elif defined(__AVX__)
+#define MO_LANES 8
+#elif defined(__SSE2__) || defined(__ARM_NEON)
+#define MO_LANES 4
+#elif defined(__ARM_FEATURE_MVE)
+#if __ARM_FEATURE_MVE & 2
+#define MO_LANES 4
+#else
+#define MO_LANES 1
+#endif
+#else
+#define MO_LANES 1
+#endif
+#endif
+
+#if defined(__GNUC__)
+#define MO_INLINE static inline __attribute__((always_inline))
+#define MO_NOINLINE static __attribute__((noinline)) /* one small stack frame, not many in one */
+#else
+#define MO_INLINE static inline
+#define MO_NOINLINE static
+#endif
+
+/* Before a loop of constant length whose arrays shall become registers. */
+#if defined(__clang__)
+#define MO_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define MO_UNROLL _Pragma("GCC unroll 16")
+#else
+#define MO_UNROLL
+#endif
+
+#define MO_JOIN_(a, b) a##b
+#define MO_JOIN(a, b) MO_JOIN_(a, b)
+
+typedef float mo_f1;
+#if MO_LANES > 1
+typedef float mo_f4 __attribute__((vector_size(16)));
+typedef int32_t mo_i4 __attribute__((vector_size(16)));
+#endif
+#if MO_LANES > 4
+typedef float mo_f8 __attribute__((vector_size(32)));
+typedef int32_t mo_i8 __attribute__((vector_size(32)));
+#endif
+#if MO_LANES > 8
+typedef float mo_f16 __attribute__((vector_size(64)));
+typedef int32_t mo_i16 __attribute__((vector_size(64)));
+#endif
+
+MO_INLINE int32_t mo_min(int32_t a, int32_t b) { return a < b ? a : b; }
+MO_INLINE int32_t mo_max(int32_t a, int32_t b) { return a > b ? a : b; }
+
+/* v = clamp(v, lo, hi) for a vector of L lanes.  A NaN is neither below nor above, and stays. */
+#define MO_CLAMP(L, v, lo, hi) MO_JOIN(mo_clamp, L)(&(v), lo, hi)
+
+MO_INLINE void mo_clamp1(float *v, float lo, float hi) {
+  *v = *v < lo ? lo : *v;
+  *v = *v > hi ? hi : *v;
+}
+
+#define MO_DEFINE_CLAMP(L)                                                    \
+  MO_INLINE void mo_clamp##L(mo_f##L *v, float lo, float hi) {                \
+    const mo_f##L low = (mo_f##L){0} + lo, high = (mo_f##L){0} + hi;          \
+    const mo_i##L below = *v < low, above = *v > high;                        \
+    *v = (mo_f##L)((~(below | above) & (mo_i##L)*v) | (below & (mo_i##L)low) | \
+                   (above & (mo_i##L)high));                                  \
+  }
+#if MO_LANES > 1
+MO_DEFINE_CLAMP(4)
+#endif
+#if MO_LANES > 4
+MO_DEFINE_CLAMP(8)
+#endif
+#if MO_LANES > 8
+MO_DEFINE_CLAMP(16)
+#endif
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define MO_HAS_ZIP 1
+/* The first and the second half of a0 b0 a1 b1 ... */
+#define MO_ZIP_LO4(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define MO_ZIP_HI4(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#define MO_ZIP_LO8(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define MO_ZIP_HI8(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define MO_ZIP_LO16(a, b) \
+  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define MO_ZIP_HI16(a, b) \
+  __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#endif
+#endif
+#ifndef MO_HAS_ZIP
+#define MO_HAS_ZIP 0
+#endif
+
+#endif

@@ -1,0 +1,158 @@
+/* `make check`: trains the net on the vectors of vectors.h and stops at the first step and tensor
+   that differ from what PyTorch saw.  Exit 0 when nothing differs, 5 when something does. */
+#include "net.h"
+#include "port.h"
+
+#include "vectors.h"
+
+static mo_net_t net PORT_NET_SECTION;
+static float logits[MO_NET_OUTPUTS];
+
+static int32_t tensors_compared;
+static float largest; /* difference / scale, over everything compared */
+
+static float magnitude(float x)
+{
+  return x < 0.0f ? -x : x;
+}
+
+static float largest_magnitude(const float *x, int32_t n)
+{
+  float result = 0.0f;
+  for (int32_t i = 0; i < n; i++) {
+    result = magnitude(x[i]) > result ? magnitude(x[i]) : result;
+  }
+  return result;
+}
+
+static void print_place(int32_t step, const char *tensor)
+{
+  port_print(PORT_ERR, "check: step ");
+  port_print_i32(PORT_ERR, step);
+  port_print(PORT_ERR, ", ");
+  port_print(PORT_ERR, tensor);
+}
+
+static int fail(int32_t step, const char *call, int status)
+{
+  print_place(step, call);
+  port_print(PORT_ERR, ": ");
+  port_print(PORT_ERR, mo_net_error(status));
+  port_print(PORT_ERR, "\n");
+  return PORT_FAILED;
+}
+
+/* found[i * stride] against expected[i] */
+static int compare(int32_t step, const char *tensor, const float *found, int32_t stride,
+                   const float *expected, int32_t count, float scale)
+{
+  /* a tensor of zeros is compared absolutely */
+  const float unit = scale > 0.0f ? scale : 1.0f;
+  tensors_compared++;
+  for (int32_t i = 0; i < count; i++) {
+    const float got = found[i * stride];
+    const float difference = magnitude(got - expected[i]) / unit;
+    /* not `> tolerance`: a NaN must fail */
+    if (!(difference <= MO_CHECK_TOLERANCE)) {
+      print_place(step, tensor);
+      port_print(PORT_ERR, " differs at element ");
+      port_print_i32(PORT_ERR, i * stride);
+      port_print(PORT_ERR, ": ");
+      port_print_float(PORT_ERR, got);
+      port_print(PORT_ERR, ", PyTorch has ");
+      port_print_float(PORT_ERR, expected[i]);
+      port_print(PORT_ERR, " (");
+      port_print_float(PORT_ERR, difference);
+      port_print(PORT_ERR, " of the scale ");
+      port_print_float(PORT_ERR, unit);
+      port_print(PORT_ERR, ")\n");
+      return PORT_MISMATCH;
+    }
+    largest = difference > largest ? difference : largest;
+  }
+  return PORT_OK;
+}
+
+static int check_logits(int32_t step, const char *name, const float *input, const float *expected)
+{
+  if (expected == NULL) {
+    return PORT_OK;
+  }
+  const int status = mo_net_predict(&net, input, logits);
+  if (status != 0) {
+    return fail(step, "predict", status);
+  }
+  return compare(step, name, logits, 1, expected, MO_NET_OUTPUTS,
+                 largest_magnitude(expected, MO_NET_OUTPUTS));
+}
+
+static int check_tensor(int32_t step, const mo_check_tensor_t *tensor)
+{
+  int32_t count = 0;
+  const float *slice = mo_net_trained(&net, tensor->slice, &count);
+  const int32_t last = tensor->first + (tensor->count - 1) * tensor->stride;
+  if (slice == NULL || last >= count) {
+    print_place(step, tensor->name);
+    port_print(PORT_ERR, ": the net trains no such elements; vectors.h is of another net\n");
+    return PORT_FAILED;
+  }
+  return compare(step, tensor->name, slice + tensor->first, tensor->stride, tensor->expected,
+                 tensor->count, tensor->scale);
+}
+
+static int check_step(int32_t step, const mo_check_step_t *expected)
+{
+  int code = check_logits(step, "logits before", expected->input, expected->logits_before);
+  if (code != PORT_OK) {
+    return code;
+  }
+
+  float loss = 0.0f;
+#if MO_NET_TARGETS > 0
+  const int status = mo_net_train(&net, expected->input, expected->target, &loss);
+#else
+  const int status = mo_net_train(&net, expected->input, expected->label, &loss);
+#endif
+  if (status != 0) {
+    return fail(step, "train", status);
+  }
+  /* A small loss is a difference of large logits: it is no more exact than they are. */
+  float scale = magnitude(expected->loss);
+  if (expected->logits_before != NULL) {
+    const float cancelled = 0.01f * largest_magnitude(expected->logits_before, MO_NET_OUTPUTS);
+    scale = cancelled > scale ? cancelled : scale;
+  }
+  code = compare(step, "loss", &loss, 1, &expected->loss, 1, scale);
+
+  for (int32_t i = 0; i < expected->tensor_count && code == PORT_OK; i++) {
+    code = check_tensor(step, &expected->tensors[i]);
+  }
+  if (code == PORT_OK) {
+    code = check_logits(step, "logits after", expected->input, expected->logits_after);
+  }
+  return code;
+}
+
+int main(int argc, char **argv)
+{
+  (void)argc;
+  (void)argv;
+  const int status = mo_net_init(&net);
+  if (status != 0) {
+    return fail(0, "init", status);
+  }
+  for (int32_t step = 0; step < MO_CHECK_STEPS; step++) {
+    const int code = check_step(step, &mo_check_steps[step]);
+    if (code != PORT_OK) {
+      return code;
+    }
+  }
+  port_print(PORT_OUT, "ok: ");
+  port_print_i32(PORT_OUT, MO_CHECK_STEPS);
+  port_print(PORT_OUT, " steps, ");
+  port_print_i32(PORT_OUT, tensors_compared);
+  port_print(PORT_OUT, " tensors, largest difference ");
+  port_print_float(PORT_OUT, largest);
+  port_print(PORT_OUT, " of the scale\n");
+  return PORT_OK;
+}

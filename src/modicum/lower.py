@@ -1,0 +1,817 @@
+"""Graph + selection -> Program: the forward, backward and update steps of one training step.
+
+The program is what both sides read: `apply` takes from it what each node keeps, `memory` places
+its buffers, `emit` prints its calls.  Dead gradients never appear: the backward pass visits a
+node only if something at or before it is trained, and stops at the deepest trained layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from modicum.errors import UsageError
+from modicum.graph import Derived, Graph, Node, Param
+from modicum.ops import OPS
+from modicum.ops.base import (
+    Arg,
+    BackwardArgs,
+    Buf,
+    Call,
+    Const,
+    Expr,
+    ForwardArgs,
+    Indices,
+    Kept,
+    Layout,
+    Macs,
+    Wanted,
+    channels_last,
+    clamp_args,
+    count,
+)
+from modicum.ops.pool import MaxPool2d
+from modicum.optim import SGD, Adam
+from modicum.selection import Selection, Slice, Update, check_selection
+
+Kind = Literal[
+    "weight", "optimizer", "accumulator", "activation", "saved", "gradient", "workspace"
+]
+Phase = Literal["forward", "save", "loss", "backward", "update"]
+Loss = Literal["cross_entropy", "mse"]
+Order = Literal["dx-first", "dw-first"]
+
+# A weight gradient is computed and applied in blocks of rows of about this size, so that no
+# buffer of the weight's size is needed; a block is at least MIN_ROWS rows, the tile of the kernel.
+BLOCK_BYTES = 8192
+MIN_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A piece of the arena.  Persistent buffers live from `init` on."""
+
+    name: str
+    bytes: int
+    kind: Kind
+    persistent: bool = False
+    value: str = ""  # the graph's value or parameter that it holds
+
+
+@dataclass(frozen=True)
+class Step:
+    """Some calls that run together; with `rows`, in a loop over blocks of `block` rows.
+
+    A step of phase "update" with accumulation runs only after the last sample.
+    """
+
+    phase: Phase
+    node: str
+    calls: tuple[Call, ...]
+    rows: int = 0
+    block: int = 0
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """Buffers read before a call of this step writes them."""
+        written: set[str] = set()
+        reads: set[str] = set()
+        for call in self.calls:
+            buffers = [a for a in call.args if isinstance(a, Buf)]
+            reads |= {a.name for a in buffers if a.mode != "w" and a.name not in written}
+            written |= {a.name for a in buffers if a.mode != "r"}
+        return frozenset(reads)
+
+    @cached_property
+    def writes(self) -> frozenset[str]:
+        args = (a for call in self.calls for a in call.args)
+        return frozenset(a.name for a in args if isinstance(a, Buf) and a.mode != "r")
+
+    @property
+    def macs(self) -> int:
+        return sum(call.macs for call in self.calls)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained parameter slice as it lives in RAM."""
+
+    param: str
+    slice: Slice
+    shape: tuple[int, ...]
+    layout: Layout
+    rate: float
+    buffer: str
+
+    @property
+    def size(self) -> int:
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+
+@dataclass(frozen=True)
+class Program:
+    """The steps of one training sample, in order, over named buffers.
+
+    `graph` is the prepared graph (batch norms folded where nothing trains them).  `kept` and
+    `wanted` say per node what stays for the backward pass and what it computes.
+    """
+
+    graph: Graph
+    loss: Loss
+    optimizer: SGD | Adam
+    accumulate: int
+    order: Order
+    buffers: Mapping[str, Buffer]
+    steps: tuple[Step, ...]
+    trained: tuple[Trained, ...]
+    wanted: Mapping[str, Wanted]
+    kept: Mapping[str, tuple[Kept, ...]]
+    macs: Mapping[str, Macs]
+    input_buffer: str
+    output_buffer: str
+
+    @cached_property
+    def saved_bytes(self) -> int:
+        """Bytes kept from the forward to the backward pass for one sample; each thing once."""
+        return sum({saved_key(k): k.bytes for ks in self.kept.values() for k in ks}.values())
+
+    @cached_property
+    def lifetimes(self) -> dict[str, tuple[int, int]]:
+        """First and last step of every buffer, both inclusive."""
+        last = len(self.steps) - 1
+        spans: dict[str, tuple[int, int]] = {}
+        for i, step in enumerate(self.steps):
+            for name in step.reads | step.writes:
+                spans[name] = (spans.get(name, (i, i))[0], i)
+        spans[self.input_buffer] = (0, spans.get(self.input_buffer, (0, 0))[1])
+        for name, buffer in self.buffers.items():
+            if buffer.persistent:
+                spans[name] = (0, last)
+        return spans
+
+
+def saved_key(kept: Kept) -> tuple[str, str, tuple[int, ...] | None]:
+    return (kept.kind, kept.value, kept.channels)
+
+
+def saved_name(kept: Kept, node: Node) -> str:
+    """The buffer that holds a kept thing that is not simply a value."""
+    return f"{kept.kind}:{node.name}"
+
+
+def lower(
+    graph: Graph,
+    selection: Selection,
+    optimizer: SGD | Adam,
+    loss: Loss = "cross_entropy",
+    accumulate: int = 1,
+    order: Order = "dx-first",
+) -> Program:
+    """Lower one training step.
+
+    `accumulate` gradients are accumulated before an update.  `order` says which of a layer's two
+    gradients comes first when its weight is updated at once; the plan tries both.  Raises
+    UsageError when the selection does not fit the graph.
+    """
+    check_selection(graph, selection)
+    prepared = prepare(graph, selection)
+    updates = {u.param: u for u in selection}
+    _refuse_what_is_not_there_yet(prepared, updates)
+    wanted = wanted_gradients(prepared, updates)
+    kept = choose_saved(prepared, wanted)
+    return _Lowering(prepared, updates, wanted, kept, optimizer, loss, accumulate, order).program()
+
+
+def lower_inference(graph: Graph) -> Program:
+    """The forward pass alone, everything frozen: its peak is the floor of every plan."""
+    prepared = prepare(graph, ())
+    wanted = {n.name: Wanted((False,) * len(n.inputs)) for n in prepared.nodes}
+    kept: dict[str, tuple[Kept, ...]] = {n.name: () for n in prepared.nodes}
+    low = _Lowering(prepared, {}, wanted, kept, SGD(), "cross_entropy", 1, "dx-first")
+    return low.program(train=False)
+
+
+# ---- preparation -----------------------------------------------------------------------------
+
+
+def prepare(graph: Graph, selection: Selection) -> Graph:
+    """Fold each batch norm into the layer before it where the selection trains neither.
+
+    A batch norm that stays gets its missing scale and shift, and its 1 / sqrt(var + eps), as
+    constants.
+    """
+    trained = {u.param for u in selection}
+    params, nodes = dict(graph.params), []
+    renamed: dict[str, str] = {}
+    folded: dict[str, Node] = {}
+    for node in graph.nodes:
+        bn = _foldable(graph, node, trained)
+        if bn is not None:
+            folded[bn.name] = node
+    for node in graph.nodes:
+        if node.name in folded:
+            renamed[node.name] = folded[node.name].name
+            continue
+        inputs = tuple(renamed.get(x, x) for x in node.inputs)
+        roles = dict(node.params)
+        bn = next((b for b in graph.nodes if folded.get(b.name) is node), None)
+        if bn is not None:
+            roles = _fold(node, bn, params)
+        elif node.op == "batch_norm":
+            roles = _complete(node, params)
+        nodes.append(node.model_copy(update={"inputs": inputs, "params": roles}))
+    used = {name for node in nodes for name in node.params.values()}
+    alive = {graph.input, *(n.name for n in nodes)}
+    return Graph(
+        input=graph.input,
+        output=renamed.get(graph.output, graph.output),
+        values={k: v for k, v in graph.values.items() if k in alive},
+        params={k: v for k, v in params.items() if k in used},
+        nodes=tuple(nodes),
+    )
+
+
+def _foldable(graph: Graph, node: Node, trained: set[str]) -> Node | None:
+    if node.op not in ("conv2d", "linear") or len(graph.consumers[node.name]) != 1:
+        return None
+    (bn,) = graph.consumers[node.name]
+    if bn.op != "batch_norm" or node.name == graph.output or len(graph.shape(node.name)) == 3:
+        return None
+    names = (*node.params.values(), *bn.params.values())
+    return None if any(name in trained for name in names) else bn
+
+
+def _fold(node: Node, bn: Node, params: dict[str, Param]) -> dict[str, str]:
+    weight = params[node.params["weight"]]
+    sources = {"weight": weight.name, **{f"bn_{r}": p for r, p in bn.params.items()}}
+    if "bias" in node.params:
+        sources["bias"] = node.params["bias"]
+    eps = float(bn.attrs["eps"] or 0.0)
+    roles = {}
+    for role, kind, shape in (
+        ("weight", "fold_weight", weight.shape),
+        ("bias", "fold_bias", weight.shape[:1]),
+    ):
+        name = f"{node.name}.{role}*{bn.name}"
+        derived = Derived.model_validate({"kind": kind, "sources": sources, "eps": eps})
+        params[name] = Param(name=name, shape=shape, trainable=False, derived=derived)
+        roles[role] = name
+    return roles
+
+
+def _complete(node: Node, params: dict[str, Param]) -> dict[str, str]:
+    roles = dict(node.params)
+    shape = params[roles["var"]].shape
+    constants = {
+        "weight": Derived(kind="full", fill=1.0),
+        "bias": Derived(kind="full", fill=0.0),
+        "rstd": Derived(
+            kind="rstd", sources={"bn_var": roles["var"]}, eps=float(node.attrs["eps"] or 0.0)
+        ),
+    }
+    for role, derived in constants.items():
+        if role not in roles:
+            name = f"{node.name}.{role}"
+            params[name] = Param(name=name, shape=shape, trainable=False, derived=derived)
+            roles[role] = name
+    return roles
+
+
+def _refuse_what_is_not_there_yet(graph: Graph, updates: Mapping[str, Update]) -> None:
+    for name, update in updates.items():
+        users = graph.users_of(name)
+        if len(users) != 1:
+            where = ", ".join(node.name for node, _ in users)
+            raise UsageError(
+                f"{name!r} is shared by {len(users)} nodes and cannot be trained yet",
+                where=where,
+                hint="leave it out of the selection",
+            )
+        if len(update.rates) != 1:
+            raise UsageError(f"{name!r} has a step size per inner step; training has one so far")
+        (node, role) = users[0]
+        if role == "weight" and node.op == "conv2d" and update.slice.inp is not None:
+            in_g, groups = graph.params[name].shape[1], node.attrs["groups"]
+            if groups != 1 and len(update.slice.inp) != in_g:
+                raise UsageError(
+                    f"{name!r} belongs to a grouped convolution: slice its output channels",
+                    where=node.name,
+                )
+
+
+def wanted_gradients(graph: Graph, updates: Mapping[str, Update]) -> dict[str, Wanted]:
+    """Per node, which gradients it owes: back-propagation stops at the deepest trained layer."""
+    needs: set[str] = set()
+    wanted = {}
+    for node in graph.nodes:
+        params = {}
+        for role in OPS[node.op].roles:
+            update = updates.get(node.params.get(role, ""))
+            if update is not None:
+                full = graph.params[update.param].shape
+                params[role] = _normal(update.slice, full)
+        dx = tuple(x in needs for x in node.inputs)
+        wanted[node.name] = Wanted(dx, params)
+        if params or any(dx):
+            needs.add(node.name)
+    return wanted
+
+
+def _normal(s: Slice, full: tuple[int, ...]) -> Slice:
+    """A list of all channels is the same as no list."""
+    out = None if s.out is None or len(s.out) == full[0] else s.out
+    inp = None if s.inp is None or len(s.inp) == full[1] else s.inp
+    return Slice(out=out, inp=inp)
+
+
+def choose_saved(graph: Graph, wanted: Mapping[str, Wanted]) -> dict[str, tuple[Kept, ...]]:
+    """What each node keeps.  A clamp whose output another node keeps whole shares it."""
+    kept = {n.name: OPS[n.op].saved(graph, n, wanted[n.name]) for n in graph.nodes}
+    whole = {k.value for ks in kept.values() for k in ks if k.kind == "value"}
+    for name, ks in kept.items():
+        if ks and ks[0].kind == "mask" and name in whole:
+            value = graph.values[name]
+            kept[name] = (Kept("value", name, value.bytes, why="shared with the next layer"),)
+    return kept
+
+
+# ---- lowering --------------------------------------------------------------------------------
+
+
+class _Lowering:
+    """Builds the steps of one program; used once."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        updates: Mapping[str, Update],
+        wanted: Mapping[str, Wanted],
+        kept: Mapping[str, tuple[Kept, ...]],
+        optimizer: SGD | Adam,
+        loss: Loss,
+        accumulate: int,
+        order: Order,
+    ) -> None:
+        self.graph, self.updates, self.wanted, self.kept = graph, updates, wanted, kept
+        self.optimizer, self.loss, self.accumulate, self.order = optimizer, loss, accumulate, order
+        self.buffers: dict[str, Buffer] = {}
+        self.steps: list[Step] = []
+        self.trained: dict[str, Trained] = {}
+        self.where: dict[str, str] = {}  # value -> buffer
+        self.grad: dict[str, str] = {}  # value -> gradient buffer
+        self.pending: dict[str, set[str]] = {}  # gradient buffer -> values still to read it
+        self.whole = {k.value for ks in kept.values() for k in ks if k.kind == "value"}
+        index = {n.name: i for i, n in enumerate(graph.nodes)}
+        self.last_use = {
+            v: max((index[n.name] for n in users), default=-1)
+            for v, users in graph.consumers.items()
+        }
+        self.last_use[graph.output] = len(graph.nodes)
+        self.fused = self._fused_clamps()
+
+    def program(self, train: bool = True) -> Program:
+        self._trained_parameters()
+        source = self.graph.input
+        self.where[source] = self._buffer(source, self.graph.values[source].bytes, "activation")
+        for i, node in enumerate(self.graph.nodes):
+            self._forward(i, node)
+        output = self.where[self.graph.output]
+        if train:
+            self._loss(output)
+            for node in reversed(self.graph.nodes):
+                if node.name in self.grad:
+                    self._backward(node)
+        return Program(
+            graph=self.graph,
+            loss=self.loss,
+            optimizer=self.optimizer,
+            accumulate=self.accumulate,
+            order=self.order,
+            buffers=self._with_kinds(),
+            steps=tuple(self.steps),
+            trained=tuple(self.trained.values()),
+            wanted=self.wanted,
+            kept=self.kept,
+            macs={
+                n.name: OPS[n.op].macs(self.graph, n, self.wanted[n.name])
+                for n in self.graph.nodes
+            },
+            input_buffer=self.where[source],
+            output_buffer=output,
+        )
+
+    # ---- buffers ----
+
+    def _buffer(
+        self, name: str, size: int, kind: Kind, persistent: bool = False, value: str = ""
+    ) -> str:
+        while name in self.buffers:
+            name += "'"
+        self.buffers[name] = Buffer(name, size, kind, persistent, value or name)
+        return name
+
+    def _with_kinds(self) -> dict[str, Buffer]:
+        """Activations that survive into the backward pass are saved ones."""
+        kinds = {self.where[v] for v in self.whole}
+        return {
+            name: replace(b, kind="saved") if name in kinds and b.kind == "activation" else b
+            for name, b in self.buffers.items()
+        }
+
+    def _trained_parameters(self) -> None:
+        for node in self.graph.nodes:
+            for role, s in self.wanted[node.name].params.items():
+                name = node.params[role]
+                shape = s.shape(self.graph.params[name].shape)
+                layout = OPS[node.op].layout(self.graph, node, role)
+                update = self.updates[name]
+                trained = Trained(name, s, shape, layout, update.rates[0], f"w:{name}")
+                size = 4 * trained.size
+                self._buffer(trained.buffer, size, "weight", True, name)
+                for state in self.optimizer.states:
+                    self._buffer(f"{state}:{name}", size, "optimizer", True, name)
+                if self.accumulate > 1:
+                    self._buffer(f"g:{name}", size, "accumulator", True, name)
+                self.trained[name] = trained
+
+    def _step(self, phase: Phase, node: str, *calls: Call, rows: int = 0, block: int = 0) -> None:
+        self.steps.append(Step(phase, node, calls, rows, block))
+
+    # ---- forward ----
+
+    def _fused_clamps(self) -> dict[str, Node]:
+        """Producer -> the clamp that its kernel applies while storing the output."""
+        fused = {}
+        for node in self.graph.nodes:
+            users = self.graph.consumers[node.name]
+            if (
+                node.op in ("conv2d", "linear", "batch_norm", "add")
+                and len(users) == 1
+                and users[0].op == "clamp"
+                and node.name != self.graph.output
+            ):
+                fused[node.name] = users[0]
+        return fused
+
+    def _forward(self, i: int, node: Node) -> None:
+        op = OPS[node.op]
+        for kept in self.kept[node.name]:  # before the node may overwrite its input
+            if kept.kind == "channels":
+                self._save_channels(node, kept)
+        clamp = self.fused.get(node.name)
+        produced_by_fusion = node.op == "clamp" and node.inputs[0] in self.fused
+        if produced_by_fusion:
+            self.where[node.name] = self.where[node.inputs[0]]
+        elif op.view(self.graph, node):
+            self.where[node.name] = self.where[node.inputs[0]]
+        else:
+            params = self._operands("forward", node)
+            x = tuple(self.where[v] for v in node.inputs)
+            y = self._output_buffer(i, node)
+            self.where[node.name] = y
+            lo, hi = (clamp.attrs["lo"], clamp.attrs["hi"]) if clamp else (None, None)
+            code = next((k for k in self.kept[node.name] if k.kind == "code"), None)
+            if code is not None and isinstance(op, MaxPool2d):
+                name = self._buffer(saved_name(code, node), code.bytes, "saved", value=node.name)
+                calls = [op.c_forward_saving(self.graph, node, x[0], y, name)]
+            else:
+                args = ForwardArgs(node, self.graph, x, y, params, _number(lo), _number(hi))
+                calls = op.c_forward(args)
+            self._step("forward", node.name, *calls)
+        for kept in self.kept[node.name]:
+            if kept.kind == "mask":
+                self._save_mask(node, kept)
+
+    def _output_buffer(self, i: int, node: Node) -> str:
+        for position in OPS[node.op].inplace(self.graph, node):
+            buffer = self.where[node.inputs[position]]
+            aliases = [v for v, b in self.where.items() if b == buffer]
+            free = all(self.last_use[v] <= i and v not in self.whole for v in aliases)
+            same_size = self.buffers[buffer].bytes == self.graph.values[node.name].bytes
+            others = [self.where[x] for p, x in enumerate(node.inputs) if p != position]
+            if free and same_size and (buffer not in others or node.op == "add"):
+                return buffer
+        return self._buffer(node.name, self.graph.values[node.name].bytes, "activation")
+
+    def _save_mask(self, node: Node, kept: Kept) -> None:
+        name = self._buffer(saved_name(kept, node), kept.bytes, "saved", value=node.name)
+        bounds = clamp_args(_number(node.attrs["lo"]), _number(node.attrs["hi"]))
+        n = self.graph.values[node.name].size
+        args = (Buf(name, "w"), Buf(self.where[node.name]), n, *bounds)
+        self._step("save", node.name, Call("mo_mask_pack", args))
+
+    def _save_channels(self, node: Node, kept: Kept) -> None:
+        assert kept.channels is not None
+        name = self._buffer(saved_name(kept, node), kept.bytes, "saved", value=kept.value)
+        shape = self.graph.shape(kept.value)
+        self._gather("save", node, name, self.where[kept.value], kept.channels, shape)
+
+    def _gather(
+        self,
+        phase: Phase,
+        node: Node,
+        dst: str,
+        src: str,
+        channels: tuple[int, ...],
+        shape: tuple[int, ...],
+    ) -> None:
+        rows, cols = channels_last(shape)
+        args = (Buf(dst, "w"), Buf(src), Indices(channels), rows, cols, len(channels))
+        self._step(phase, node.name, Call("mo_gather", args))
+
+    def _operands(self, phase: Phase, node: Node) -> dict[str, Arg]:
+        """The node's parameters as kernel arguments.
+
+        A frozen one is a constant, a trained one its buffer.  Of a trained slice only the slice
+        is in RAM: the whole parameter is put together in a buffer for the time of the call.
+        """
+        operands: dict[str, Arg] = {}
+        for role, name in node.params.items():
+            layout = OPS[node.op].layout(self.graph, node, role)
+            trained = self.trained.get(name)
+            if trained is None:
+                operands[role] = Const(name, layout)
+            elif trained.slice.whole:
+                operands[role] = Buf(trained.buffer)
+            else:
+                if phase == "backward" and role == "bias":
+                    continue
+                operands[role] = Buf(self._assemble(phase, node, trained))
+        return operands
+
+    def _assemble(self, phase: Phase, node: Node, trained: Trained) -> str:
+        param = self.graph.params[trained.param]
+        full = self._buffer(f"full:{trained.param}", param.bytes, "workspace", value=param.name)
+        s, shape = trained.slice, param.shape
+        base = Const(param.name, trained.layout)
+        if trained.layout == "hwc":  # the channel is the last dimension in memory
+            taps, rows, cols, out, inp = 1, shape[2] * shape[3], shape[0], None, s.out
+        else:
+            taps = shape[2] * shape[3] if len(shape) == 4 else 1
+            rows, cols = shape[0], shape[1] if len(shape) > 1 else 1
+            out, inp = s.out, s.inp
+        args = (
+            *(Buf(full, "w"), base, Buf(trained.buffer)),
+            *(Indices(out), count(out, rows), Indices(inp), count(inp, cols)),
+            *(rows, taps, cols),
+        )
+        self._step(phase, node.name, Call("mo_assemble", args))
+        return full
+
+    # ---- loss ----
+
+    def _loss(self, output: str) -> None:
+        value = self.graph.values[self.graph.output]
+        aliases = {v for v, b in self.where.items() if b == output}
+        if aliases & self.whole:  # the output itself is kept: its gradient needs a place of its own
+            copy = self._buffer("dlogits", value.bytes, "gradient", value=value.name)
+            n = value.size
+            call = Call("mo_copy_blocks", (Buf(copy, "w"), n, Buf(output), n, 1, n, 0))
+            self._step("loss", self.graph.output, call)
+            output = copy
+        z = Buf(output, "rw")
+        scale = 1.0 / self.accumulate
+        if self.loss == "mse":
+            args: tuple[Arg, ...] = (z, Expr("target"), value.size, scale)
+            self._step("loss", self.graph.output, Call("mo_mse", args))
+        else:
+            args = (z, value.size, Expr("label"), scale)
+            self._step("loss", self.graph.output, Call("mo_cross_entropy", args))
+        if self.wanted[self.graph.output].any:
+            self.grad[self.graph.output] = output
+            self.pending[output] = {self.graph.output}
+
+    # ---- backward ----
+
+    def _backward(self, node: Node) -> None:
+        dy = self.grad[node.name]
+        self.pending[dy].discard(node.name)
+        wanted = self.wanted[node.name]
+        biases = [r for r in wanted.params if r != "weight"]
+        for role in biases:
+            self._gradient(node, role, dy)
+        weight = "weight" in wanted.params
+        if not weight:
+            self._input_gradients(node, dy)
+        elif self._gradient_first(node):
+            grad = self._gradient(node, "weight", dy, update=False)
+            self._input_gradients(node, dy)
+            self._update(node, "weight", grad)
+        else:
+            self._input_gradients(node, dy)
+            self._gradient(node, "weight", dy)
+
+    def _gradient_first(self, node: Node) -> bool:
+        """Whether a weight's whole gradient is computed before the input gradient.
+
+        It must be where gradients are accumulated over samples anyway, and where the input
+        gradient overwrites dy.  Otherwise, with the input gradient out of the way, the weight
+        can be updated block by block; which of the two takes less room depends on the layer
+        sizes, so both orders are tried.  Either way the weight changes after dx was computed.
+        """
+        if not any(self.wanted[node.name].dx):
+            return self.accumulate > 1
+        in_place = OPS[node.op].dx_inplace(self.graph, node)
+        return self.accumulate > 1 or in_place or self.order == "dw-first"
+
+    def _input_gradients(self, node: Node, dy: str) -> None:
+        op = OPS[node.op]
+        wanted = self.wanted[node.name]
+        for i, v in enumerate(node.inputs):
+            if not wanted.dx[i]:
+                continue
+            if op.passes_gradient(self.graph, node):
+                self._pass_on(node, v, dy)
+            elif op.dx_inplace(self.graph, node):
+                self._in_place(node, i, v, dy)
+            else:
+                self._computed(node, i, v, dy)
+
+    def _pass_on(self, node: Node, v: str, dy: str) -> None:
+        """The gradient of v is dy itself: share the buffer, or add it to what v has."""
+        if v not in self.grad:
+            self._own(v, dy)
+            return
+        mine = self._writable(node, v)
+        n = self.graph.values[v].size
+        args = (Buf(mine, "rw"), Buf(mine), Buf(dy), n, Expr("MO_NO_LO"), Expr("MO_NO_HI"))
+        self._step("backward", node.name, Call("mo_add", args))
+
+    def _in_place(self, node: Node, i: int, v: str, dy: str) -> None:
+        """An elementwise gradient: over dy where nothing else needs dy."""
+        size = self.graph.values[v].bytes
+        if v not in self.grad:
+            alone = not self.pending[dy]
+            dx = dy if alone else self._buffer(f"d:{v}", size, "gradient", value=v)
+            self._dx_step(node, i, dy, dx, accumulate=False)
+            self._own(v, dx)
+            return
+        part = self._buffer(f"d:{v}", size, "gradient", value=v)
+        self._dx_step(node, i, dy, part, accumulate=False)
+        self._add_to(node, v, part)
+
+    def _computed(self, node: Node, i: int, v: str, dy: str) -> None:
+        """A gradient with a buffer of its own, or added to what v has."""
+        size = self.graph.values[v].bytes
+        if v not in self.grad:
+            dx = self._buffer(f"d:{v}", size, "gradient", value=v)
+            self._dx_step(node, i, dy, dx, accumulate=False)
+            self._own(v, dx)
+        elif OPS[node.op].accumulates:
+            self._dx_step(node, i, dy, self._writable(node, v), accumulate=True)
+        else:
+            part = self._buffer(f"d:{v}", size, "gradient", value=v)
+            self._dx_step(node, i, dy, part, accumulate=False)
+            self._add_to(node, v, part)
+
+    def _dx_step(self, node: Node, i: int, dy: str, dx: str, accumulate: bool) -> None:
+        op = OPS[node.op]
+        args = BackwardArgs(
+            node,
+            self.graph,
+            tuple(self.where.get(x, "") for x in node.inputs),
+            self.where[node.name],
+            self._operands("backward", node),
+            dy=dy,
+            dx=dx,
+            accumulate=accumulate,
+            kept=self._kept_buffers(node),
+        )
+        self._step("backward", node.name, op.c_dx(args, i))
+
+    def _own(self, v: str, buffer: str) -> None:
+        self.grad[v] = buffer
+        self.pending.setdefault(buffer, set()).add(v)
+
+    def _writable(self, node: Node, v: str) -> str:
+        """v's gradient in a buffer that no other value shares."""
+        mine = self.grad[v]
+        if self.pending[mine] == {v}:
+            return mine
+        n = self.graph.values[v].size
+        copy = self._buffer(f"d:{v}", 4 * n, "gradient", value=v)
+        args = (Buf(copy, "w"), n, Buf(mine), n, 1, n, 0)
+        self._step("backward", node.name, Call("mo_copy_blocks", args))
+        self.pending[mine].discard(v)
+        self._own(v, copy)
+        return copy
+
+    def _add_to(self, node: Node, v: str, part: str) -> None:
+        mine = self._writable(node, v)
+        n = self.graph.values[v].size
+        args = (Buf(mine, "rw"), Buf(mine), Buf(part), n, Expr("MO_NO_LO"), Expr("MO_NO_HI"))
+        self._step("backward", node.name, Call("mo_add", args))
+
+    def _kept_buffers(self, node: Node) -> tuple[str, ...]:
+        return tuple(
+            self.where[k.value] if k.kind == "value" else saved_name(k, node)
+            for k in self.kept[node.name]
+        )
+
+    # ---- parameter gradients ----
+
+    def _gradient(self, node: Node, role: str, dy: str, update: bool = True) -> str:
+        """Compute one parameter's gradient, and unless told otherwise update it at once.
+
+        Returns the gradient's buffer.  Updated at once, the gradient is computed and applied in
+        blocks of rows, so it needs only a block's room.
+        """
+        op = OPS[node.op]
+        trained = self.trained[node.params[role]]
+        s = self.wanted[node.name].params[role]
+        accumulate = self.accumulate > 1
+        if s.out is not None and not op.slices_rows(self.graph, node, s):
+            rows, _ = channels_last(self.graph.shape(node.name))
+            part = self._buffer(f"rows:{node.name}", 4 * rows * len(s.out), "workspace")
+            self._gather("backward", node, part, dy, s.out, self.graph.shape(node.name))
+            dy = part
+        name = f"g:{trained.param}"
+        target = Buf(name, "rw" if accumulate else "w")
+        args = BackwardArgs(
+            node,
+            self.graph,
+            tuple(self.where.get(x, "") for x in node.inputs),
+            self.where[node.name],
+            self._frozen_operands(node),
+            dy=dy,
+            kept=self._kept_buffers(node),
+        )
+        grad = op.c_grad(args, role, s, target, accumulate)
+        if accumulate:
+            self._step("backward", node.name, *grad.calls, rows=grad.rows, block=grad.rows)
+            if update:
+                self._update(node, role, name)
+            return name
+        block = grad.rows if not update else _block(grad.rows, grad.row_elems)
+        real = self._buffer(name, 4 * block * grad.row_elems, "gradient", value=trained.param)
+        calls = tuple(_renamed(c, name, real) for c in grad.calls)
+        if update:
+            calls = (*calls, self._optimizer_call(trained, real, grad.rows, grad.row_elems))
+            self._step("update", node.name, *calls, rows=grad.rows, block=block)
+        else:
+            self._step("backward", node.name, *calls, rows=grad.rows, block=block)
+        return real
+
+    def _frozen_operands(self, node: Node) -> dict[str, Arg]:
+        return {
+            role: Const(name, OPS[node.op].layout(self.graph, node, role))
+            for role, name in node.params.items()
+            if name not in self.trained
+        }
+
+    def _update(self, node: Node, role: str, grad: str) -> None:
+        trained = self.trained[node.params[role]]
+        calls = [self._optimizer_call(trained, grad, 1, trained.size)]
+        if self.accumulate > 1:
+            calls.append(Call("memset", (Buf(grad, "w"), 0, 4 * trained.size)))
+        self._step("update", node.name, *calls, rows=1, block=1)
+
+    def _optimizer_call(self, t: Trained, grad: str, rows: int, row_elems: int) -> Call:
+        step = 0 if rows == 1 else row_elems
+        n: Arg = row_elems if rows == 1 else Expr(f"(row_end - row) * {row_elems}")
+        w = Buf(t.buffer, "rw", rows=step)
+        states = [Buf(f"{s}:{t.param}", "rw", rows=step) for s in self.optimizer.states]
+        lr = Expr("lr") if t.rate == 1.0 else Expr(f"{t.rate!r}f * lr")
+        o = self.optimizer
+        if isinstance(o, Adam):
+            more: tuple[Arg, ...] = (*o.betas, o.eps, Expr("c1"), Expr("c2"), o.weight_decay)
+            return Call("mo_adam", (w, Buf(grad), *states, n, lr, *more))
+        if o.momentum:
+            return Call("mo_momentum", (w, Buf(grad), *states, n, lr, o.momentum, o.weight_decay))
+        return Call("mo_sgd", (w, Buf(grad), n, lr, o.weight_decay))
+
+
+def _block(rows: int, row_elems: int) -> int:
+    """Rows per block: as many as fit BLOCK_BYTES, in multiples of the kernel's tile."""
+    fit = BLOCK_BYTES // (4 * row_elems)
+    return min(rows, max(MIN_ROWS, fit // MIN_ROWS * MIN_ROWS))
+
+
+def _renamed(call: Call, old: str, new: str) -> Call:
+    args = (replace(a, name=new) if isinstance(a, Buf) and a.name == old else a for a in call.args)
+    return replace(call, args=tuple(args))
+
+
+def _number(attr: object) -> float | None:
+    return float(attr) if isinstance(attr, int | float) else None
+
+
+__all__ = [
+    "Buffer",
+    "Loss",
+    "Order",
+    "Program",
+    "Step",
+    "Trained",
+    "choose_saved",
+    "lower",
+    "lower_inference",
+    "prepare",
+    "saved_key",
+    "wanted_gradients",
+]

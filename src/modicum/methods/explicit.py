@@ -1,0 +1,51 @@
+"""Update exactly what is named, down to channels."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from modicum.errors import UsageError
+from modicum.graph import Frozen, Graph
+from modicum.methods.base import Method
+from modicum.selection import Selection, Slice, Update
+
+
+class Channels(Frozen):
+    """Output and input channels of the parameters that a pattern matches; None is all."""
+
+    out: tuple[int, ...] | None = None
+    inp: tuple[int, ...] | None = None
+
+
+class Explicit(Method):
+    """Train the parameters whose names match a pattern, whole or as channel slices.
+
+    >>> method = Explicit(params={"classifier.*": None, "blocks.5.*.weight": {"out": (0, 3)}})
+
+    A channel list applies where the axis exists: `inp` is ignored on biases.  The first pattern
+    that matches a parameter decides.  A pattern without a match is an error.
+    """
+
+    kind: Literal["explicit"] = "explicit"
+    params: Annotated[dict[str, Channels | None], Field(min_length=1)]
+
+    def select(self, graph: Graph) -> Selection:
+        names = graph.trainable()
+        for pattern in self.params:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UsageError(
+                    f"no trainable parameter matches {pattern!r}",
+                    hint="names look like " + ", ".join(names[:6]),
+                )
+        updates = []
+        for name in names:
+            pattern = next((p for p in self.params if fnmatchcase(name, p)), None)
+            if pattern is not None:
+                c = self.params[pattern] or Channels()
+                has_inputs = len(graph.params[name].shape) > 1
+                part = Slice(out=c.out, inp=c.inp if has_inputs else None)
+                updates.append(Update(param=name, slice=part))
+        return tuple(updates)

@@ -1,0 +1,274 @@
+"""The vocabulary in which operators state what they keep, cost and call.
+
+Torch-free: an operator's `forward` and `backward` import torch when they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from modicum.graph import Graph, Node, Param, Shape
+from modicum.selection import Slice
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = Sequence[torch.Tensor]
+
+Layout = Literal["plain", "ohwi", "hwc"]
+
+NO_LO, NO_HI = "MO_NO_LO", "MO_NO_HI"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients a node owes: one flag per input, a slice per trained parameter role."""
+
+    dx: tuple[bool, ...]
+    params: Mapping[str, Slice] = field(default_factory=dict)
+
+    @property
+    def any(self) -> bool:
+        return any(self.dx) or bool(self.params)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something kept from the forward pass until the node's backward pass.
+
+    value: the tensor `value` itself; channels: only `channels` of it; mask: one bit per element
+    of `value`, set where the clamp passes gradient; code: the winner of each max-pool window in
+    `bits` bits.  `bytes` is for one sample.
+    """
+
+    kind: Literal["value", "channels", "mask", "code"]
+    value: str
+    bytes: int
+    channels: tuple[int, ...] | None = None
+    bits: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates for one sample, split by what they compute."""
+
+    forward: int = 0
+    dx: int = 0
+    dw: int = 0
+
+
+# ---- arguments of a kernel call -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Buf:
+    """A buffer in the arena, from element `offset`; `rows` adds the loop's row times that many.
+
+    `training` marks an output that is NULL when the forward pass only predicts.
+    """
+
+    name: str
+    mode: Literal["r", "w", "rw"] = "r"
+    rows: int = 0
+    offset: int = 0
+    training: bool = False
+
+
+@dataclass(frozen=True)
+class Const:
+    """A frozen parameter in flash, in the kernel's layout; `channels` keeps a part of it."""
+
+    param: str
+    layout: Layout = "plain"
+    channels: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A constant geometry argument, passed by address."""
+
+    ctype: str
+    fields: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Indices:
+    """A constant list of channel numbers; None is NULL."""
+
+    channels: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Expr:
+    """A C expression that the emitted schedule defines, such as ``lr`` or ``row_end``."""
+
+    text: str
+
+
+Arg = Buf | Const | Struct | Indices | Expr | int | float | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a hand-written C kernel."""
+
+    fn: str
+    args: tuple[Arg, ...]
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class ForwardArgs:
+    """What an operator needs to write its forward call."""
+
+    node: Node
+    graph: Graph
+    x: tuple[str, ...]
+    y: str
+    params: Mapping[str, Arg]
+    lo: float | None = None
+    hi: float | None = None
+
+    @property
+    def clamp(self) -> tuple[Arg, Arg]:
+        return clamp_args(self.lo, self.hi)
+
+    def shape(self, i: int = 0) -> Shape:
+        return self.graph.shape(self.node.inputs[i])
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.graph.shape(self.node.name)
+
+
+@dataclass(frozen=True)
+class BackwardArgs(ForwardArgs):
+    """What an operator needs to write its backward calls.
+
+    `dy` is the gradient buffer of the output, `kept` maps what `saved` listed to buffers, `dx`
+    is the buffer of the input gradient being written, `accumulate` adds to it.
+    """
+
+    dy: str = ""
+    dx: str = ""
+    accumulate: bool = False
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GradCall:
+    """The calls that compute the gradient of one parameter slice.
+
+    `rows` is the number of independent rows it can be split into, of `row_elems` elements each;
+    when that is more than 1 the calls read the C variables `row` and `row_end`.
+    """
+
+    calls: tuple[Call, ...]
+    rows: int
+    row_elems: int
+
+
+class Op:
+    """An operator: stateless, one instance per kind.
+
+    The default methods describe an operator without parameters that keeps nothing.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]] = ()
+    accumulates: ClassVar[bool] = False  # its dx kernel can add to an existing gradient
+    plain_autograd: ClassVar[bool] = False  # PyTorch's own backward keeps nothing for it
+
+    def shape(self, node: Node, inputs: Sequence[Shape], params: Mapping[str, Param]) -> Shape:
+        """The output's shape; raise ValueError with a reason if the node is malformed."""
+        raise NotImplementedError
+
+    def saved(self, graph: Graph, node: Node, wanted: Wanted) -> tuple[Kept, ...]:
+        """The smallest set of things to keep for the wanted gradients."""
+        return ()
+
+    def macs(self, graph: Graph, node: Node, wanted: Wanted) -> Macs:
+        return Macs()
+
+    def layout(self, graph: Graph, node: Node, role: str) -> Layout:
+        """The layout of a parameter in C."""
+        return "plain"
+
+    # ---- torch ----
+
+    def forward(self, node: Node, x: Tensors, p: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def backward(
+        self,
+        node: Node,
+        dy: torch.Tensor,
+        kept: Tensors,
+        p: Mapping[str, torch.Tensor],
+        wanted: Wanted,
+        x_shapes: Sequence[Any],
+    ) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
+        """Gradients of the inputs and of the wanted parameter slices."""
+        raise NotImplementedError
+
+    # ---- C ----
+
+    def inplace(self, graph: Graph, node: Node) -> tuple[int, ...]:
+        """Inputs whose buffer the forward call may overwrite with the output."""
+        return ()
+
+    def view(self, graph: Graph, node: Node) -> bool:
+        """True when the output is the input's memory under another shape."""
+        return False
+
+    def passes_gradient(self, graph: Graph, node: Node) -> bool:
+        """True when the gradient of every input is the gradient of the output."""
+        return self.view(graph, node)
+
+    def dx_inplace(self, graph: Graph, node: Node) -> bool:
+        """True when the input gradient may overwrite the output gradient."""
+        return False
+
+    def c_forward(self, f: ForwardArgs) -> list[Call]:
+        raise NotImplementedError
+
+    def c_dx(self, b: BackwardArgs, i: int) -> Call:
+        """The call that writes the gradient of input `i` into ``b.dx``."""
+        raise NotImplementedError
+
+    def c_grad(self, b: BackwardArgs, role: str, s: Slice, grad: Buf, acc: bool) -> GradCall:
+        """The call that writes the gradient of a parameter slice.
+
+        ``b.dy`` is already gathered to ``s.out`` where that is a list (unless `slices_rows`),
+        ``b.kept`` to the channels that `saved` names.
+        """
+        raise NotImplementedError
+
+    def slices_rows(self, graph: Graph, node: Node, s: Slice) -> bool:
+        """True when `c_grad` picks the sliced output channels itself, from the whole dy."""
+        return False
+
+
+def clamp_args(lo: float | None, hi: float | None) -> tuple[Arg, Arg]:
+    return (Expr(NO_LO) if lo is None else lo, Expr(NO_HI) if hi is None else hi)
+
+
+def mask_bytes(elements: int, bits: int = 1) -> int:
+    return (elements * bits + 7) // 8
+
+
+def channels_last(shape: Shape) -> tuple[int, int]:
+    """(rows, columns) of a value in C memory: pixels x channels, or rows x features."""
+    if len(shape) == 4:
+        return shape[2] * shape[3], shape[1]
+    rows = 1
+    for n in shape[1:-1]:
+        rows *= n
+    return rows, shape[-1]
+
+
+def count(channels: tuple[int, ...] | None, full: int) -> int:
+    return full if channels is None else len(channels)

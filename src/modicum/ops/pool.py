@@ -1,0 +1,187 @@
+"""Max, average and adaptive average pooling."""
+
+from __future__ import annotations
+
+from modicum.graph import Graph, Node
+from modicum.ops.base import Buf, Call, Kept, Op, Struct, mask_bytes
+
+
+class MaxPool2d(Op):
+    """y = max over the window; dx routes dy to the winner.
+
+    Kept: the winner's position in its window, in 2, 4 or 8 bits.
+    """
+
+    name = "max_pool2d"
+
+    def shape(self, node, inputs, params):
+        kh, kw = node.attrs["kernel"]
+        if kh * kw > 256:
+            raise ValueError(f"windows of up to 256 elements, not {kh} x {kw}")
+        return _pooled(node, inputs[0])
+
+    def saved(self, graph, node, wanted):
+        if not wanted.dx[0]:
+            return ()
+        y, bits = graph.values[node.name], code_bits(node)
+        why = f"winner of each window, {bits} bits"
+        return (Kept("code", y.name, mask_bytes(y.size, bits), bits=bits, why=why),)
+
+    def forward(self, node, x, p):
+        return self.forward_with_codes(node, x[0])[0]
+
+    def forward_with_codes(self, node, x):
+        """The output, and for each element the winner's position kh * k_w + kw."""
+        import torch.nn.functional as F
+
+        a = node.attrs
+        y, index = F.max_pool2d(
+            x, a["kernel"], a["stride"], a["pad"], a["dilation"], a["ceil"], return_indices=True
+        )
+        origin_h, origin_w = _origins(node, y)
+        w = x.shape[-1]
+        kh = (index // w - origin_h) // a["dilation"][0]
+        kw = (index % w - origin_w) // a["dilation"][1]
+        return y, kh * a["kernel"][1] + kw
+
+    def backward(self, node, dy, kept, p, wanted, x_shapes):
+        import torch
+
+        a = node.attrs
+        n, c, h, w = x_shapes[0]
+        origin_h, origin_w = _origins(node, dy)
+        row = origin_h + kept[0] // a["kernel"][1] * a["dilation"][0]
+        col = origin_w + kept[0] % a["kernel"][1] * a["dilation"][1]
+        dx = torch.zeros(n, c, h * w, dtype=dy.dtype, device=dy.device)
+        dx.scatter_add_(2, (row * w + col).flatten(2), dy.flatten(2))
+        return [dx.reshape(n, c, h, w)], {}
+
+    def c_forward(self, f):
+        return [self._forward_call(f.graph, f.node, f.x[0], f.y, None)]
+
+    def c_forward_saving(self, graph: Graph, node: Node, x: str, y: str, code: str) -> Call:
+        """The forward call of a training step, which also writes the codes."""
+        return self._forward_call(graph, node, x, y, Buf(code, "w", training=True))
+
+    def _forward_call(self, graph, node, x, y, code):
+        args = (Buf(y, "w"), code, Buf(x), window(graph, node), code_bits(node))
+        return Call("mo_maxpool_forward", args)
+
+    def c_dx(self, b, i):
+        args = (Buf(b.dx, "w"), Buf(b.dy), Buf(b.kept[0]), window(b.graph, b.node))
+        return Call("mo_maxpool_backward", (*args, code_bits(b.node)))
+
+
+class AvgPool2d(Op):
+    """y = sum over the window / divisor; dx spreads dy / divisor over the window."""
+
+    name = "avg_pool2d"
+
+    def shape(self, node, inputs, params):
+        return _pooled(node, inputs[0])
+
+    def forward(self, node, x, p):
+        import torch.nn.functional as F
+
+        return F.avg_pool2d(x[0], *_avg_args(node))
+
+    def backward(self, node, dy, kept, p, wanted, x_shapes):
+        import torch
+
+        like = dy.new_empty(1).expand(x_shapes[0])
+        return [torch.ops.aten.avg_pool2d_backward(dy, like, *_avg_args(node))], {}
+
+    def c_forward(self, f):
+        return [Call("mo_avgpool_forward", (Buf(f.y, "w"), Buf(f.x[0]), *_avg_c(f)))]
+
+    def c_dx(self, b, i):
+        return Call("mo_avgpool_backward", (Buf(b.dx, "w"), Buf(b.dy), *_avg_c(b)))
+
+
+class AdaptiveAvgPool2d(Op):
+    """Average over windows floor(i H / out) .. ceil((i + 1) H / out); 1 x 1 is the mean."""
+
+    name = "adaptive_avg_pool2d"
+
+    def shape(self, node, inputs, params):
+        n, c, _, _ = inputs[0]
+        return (n, c, *node.attrs["size"])
+
+    def forward(self, node, x, p):
+        import torch.nn.functional as F
+
+        return F.adaptive_avg_pool2d(x[0], node.attrs["size"])
+
+    def backward(self, node, dy, kept, p, wanted, x_shapes):
+        import torch
+
+        h, w = x_shapes[0][-2:]
+        if node.attrs["size"] == (1, 1):
+            return [(dy / (h * w)).expand(x_shapes[0])], {}
+        like = dy.new_empty(1).expand(x_shapes[0])
+        return [torch.ops.aten._adaptive_avg_pool2d_backward(dy, like)], {}
+
+    def c_forward(self, f):
+        args = (Buf(f.y, "w"), Buf(f.x[0]), *self._sizes(f))
+        return [Call("mo_adaptive_avgpool_forward", args)]
+
+    def c_dx(self, b, i):
+        args = (Buf(b.dx, "w"), Buf(b.dy), *self._sizes(b))
+        return Call("mo_adaptive_avgpool_backward", args)
+
+    def _sizes(self, f):
+        _, c, h, w = f.shape()
+        return (h, w, *f.out_shape[2:], c)
+
+
+def code_bits(node: Node) -> int:
+    kh, kw = node.attrs["kernel"]
+    return 2 if kh * kw <= 4 else 4 if kh * kw <= 16 else 8
+
+
+def window(graph: Graph, node: Node) -> Struct:
+    """mo_pool_t of a max or average pool."""
+    _, c, h, w = graph.shape(node.inputs[0])
+    _, _, out_h, out_w = graph.shape(node.name)
+    ph, pw = node.attrs["pad"]
+    fields = (h, w, c, out_h, out_w, *node.attrs["kernel"], *node.attrs["stride"])
+    return Struct("mo_pool_t", (*fields, ph, pw, ph, pw, *node.attrs.get("dilation", (1, 1))))
+
+
+def _pooled(node, x):
+    n, c, h, w = x
+    (kh, kw), (sh, sw), (ph, pw) = (node.attrs[k] for k in ("kernel", "stride", "pad"))
+    dh, dw = node.attrs.get("dilation", (1, 1))
+    if min(kh, kw, sh, sw, dh, dw) < 1 or min(ph, pw) < 0:
+        raise ValueError("kernels, strides and dilations are at least 1, paddings at least 0")
+    sizes = (
+        _pooled_size(h, dh * (kh - 1) + 1, sh, ph, node.attrs["ceil"]),
+        _pooled_size(w, dw * (kw - 1) + 1, sw, pw, node.attrs["ceil"]),
+    )
+    return (n, c, *sizes)
+
+
+def _pooled_size(n, extent, stride, pad, ceil):
+    size = (n + 2 * pad - extent + (stride - 1 if ceil else 0)) // stride + 1
+    # a window must start inside the input or its left padding
+    return size - 1 if ceil and (size - 1) * stride >= n + pad else size
+
+
+def _origins(node, y):
+    """Row and column of each window's first element, shaped to broadcast over y."""
+    import torch
+
+    (sh, sw), (ph, pw) = node.attrs["stride"], node.attrs["pad"]
+    rows = torch.arange(y.shape[2], device=y.device) * sh - ph
+    cols = torch.arange(y.shape[3], device=y.device) * sw - pw
+    return rows[:, None], cols[None, :]
+
+
+def _avg_args(node):
+    a = node.attrs
+    return (a["kernel"], a["stride"], a["pad"], a["ceil"], a["include_pad"], a["divisor"] or None)
+
+
+def _avg_c(f):
+    a = f.node.attrs
+    return (window(f.graph, f.node), int(a["include_pad"]), a["divisor"])

@@ -1,0 +1,251 @@
+"""Build an emitted folder and run it on this host or on an emulated board -> Trace."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modicum.errors import InvalidInput, ModicumError, ToolMissing, UsageError
+from modicum.job import PAINT, PARAMETERS, PREDICT, TRAIN, Job, Result, decode
+from modicum.plan import Plan
+from modicum.state import from_c, image_to_c
+from modicum.trace import Trace
+
+Data = tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """An emulated board: make target and QEMU machine."""
+
+    target: str
+    qemu: str
+    core: str
+
+
+MACHINES = {
+    "m4f": Machine("m4f", "mps2-an386", "Cortex-M4F"),
+    "m7": Machine("m7", "mps2-an500", "Cortex-M7"),
+    "m55": Machine("m55", "mps3-an547", "Cortex-M55"),
+}
+ON = ("host", *MACHINES)
+
+
+def run(
+    folder: str | Path,
+    on: str = "host",
+    *,
+    train: Data | None = None,
+    order: list[int] | None = None,
+    test: Data | None = None,
+    parity: bool = True,
+    record: bool = False,
+    timeout: float = 600.0,
+) -> Trace:
+    """Build the folder, run a training job on it, and return the Trace.
+
+    `on` is host, m4f, m7, m55, or qemu (the machine with the core of the plan's board).  The job
+    predicts `test`, trains on ``train`` in the given order (all samples once by default), and
+    predicts `test` again; without `train` it replays the folder's check samples.  A parity build
+    gives the same bits everywhere; otherwise it is built for speed.  `record` keeps every trained
+    slice after every step.  The figures are measured, see Trace; on an emulated board
+    instructions are executed instructions, not time.
+
+    Raises ToolMissing without compiler or QEMU, ModicumError when the build or the run fails.
+    """
+    folder = Path(folder)
+    if not (folder / "plan.json").is_file():
+        raise InvalidInput(f"{folder} is not an emitted folder", why="it has no plan.json")
+    plan = Plan.load(folder / "plan.json")
+    machine = find_machine(on, plan)
+    if train is None:
+        vectors = np.load(folder / "vectors.npz")
+        train = (vectors["x"], vectors["y"])
+    order = list(range(len(train[0]))) if order is None else order
+    job = _job(plan, train, order, test, record)
+    program = build(folder, machine.target if machine else "host", parity)
+    result, figures = _execute(program, machine, job, timeout)
+    trace = Trace(where=on if machine is None else machine.target, plan_hash=plan.hash)
+    trace.order = order
+    _read(plan, result, trace, None if test is None else len(test[0]), test)
+    if record:
+        _split(plan, result, trace)
+    trace.figures = {**_figures(plan, result, machine), **_sections(program, machine), **figures}
+    return trace
+
+
+def find_machine(on: str, plan: Plan) -> Machine | None:
+    """The emulated board of a name; None is the host."""
+    if on == "qemu":
+        wanted = plan.board.qemu if plan.board else None
+        found = next((m for m in MACHINES.values() if m.qemu == wanted), None)
+        if found is None:
+            raise UsageError(
+                f"no emulated board has the core of {plan.board.name if plan.board else 'no board'}",
+                hint="--on " + ", ".join(ON),
+            )
+        return found
+    if on not in ON:
+        raise UsageError(f"cannot run on {on!r}", hint="--on " + ", ".join((*ON, "qemu")))
+    return MACHINES.get(on)
+
+
+def build(folder: Path, target: str, parity: bool) -> Path:
+    """Run make; returns the program.  Raises ToolMissing or ModicumError with make's message."""
+    make = shutil.which("make")
+    if make is None:
+        raise ToolMissing("make is not installed", hint="apt install make gcc")
+    command = [make, "-s", "-j2", "-C", str(folder), target]
+    command += ["PARITY=1"] if parity else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        kind: type[ModicumError] = ModicumError
+        if any("not on the PATH" in line for line in lines):
+            kind = ToolMissing
+        raise kind(f"{target} does not build", where=str(folder), why=lines[:12])
+    variant = "parity" if parity else "fast"
+    name = {"host": "main", "lib": f"lib{net_name(folder)}.so"}.get(target, "main.elf")
+    place = "host" if target in ("host", "lib") else target
+    return folder / "build" / f"{place}-{variant}" / name
+
+
+def net_name(folder: Path) -> str:
+    """The prefix of the net's symbols, from net.mk."""
+    for line in (folder / "net.mk").read_text().splitlines():
+        key, _, value = line.partition("=")
+        if key.strip() == "NET":
+            return value.strip()
+    raise InvalidInput(f"{folder / 'net.mk'} does not name the net")
+
+
+def _job(plan: Plan, train: Data, order: list[int], test: Data | None, record: bool) -> Job:
+    graph = plan.graph
+    outputs = graph.values[graph.output].size
+    targets = outputs if plan.loss == "mse" else 0
+    flags = PAINT | (PARAMETERS if record else 0)
+    job = Job(graph.values[graph.input].size, targets, flags)
+    images, labels = image_to_c(train[0]), np.asarray(train[1])
+    tests = image_to_c(test[0]) if test is not None else []
+    for x in tests:
+        job.predict(x)
+    for i in order:
+        if plan.loss == "mse":
+            job.train(images[i], target=np.asarray(labels[i], np.float32).ravel())
+        else:
+            job.train(images[i], int(labels[i]))
+    for x in tests:
+        job.predict(x)
+    return job
+
+
+def _execute(
+    program: Path, machine: Machine | None, job: Job, timeout: float
+) -> tuple[Result, dict[str, float]]:
+    with tempfile.TemporaryDirectory(prefix="modicum-run-") as scratch:
+        place = Path(scratch)
+        (place / "job.bin").write_bytes(job.encode())
+        command = [str(program.resolve())] if machine is None else qemu_command(machine, program)
+        try:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+            done = subprocess.run(
+                command, cwd=place, capture_output=True, text=True, timeout=timeout, check=False
+            )
+            seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+        except subprocess.TimeoutExpired:
+            raise ModicumError(
+                f"the run did not end within {timeout:.0f} s", where=" ".join(command)
+            ) from None
+        output = (done.stdout + done.stderr).strip().splitlines()
+        if done.returncode != 0 or not (place / "trace.bin").is_file():
+            raise ModicumError(
+                f"the run failed with exit status {done.returncode}",
+                where=str(program),
+                why=output[-8:] or ["it printed nothing"],
+            )
+        return decode((place / "trace.bin").read_bytes()), {"user_seconds": seconds}
+
+
+def qemu_command(machine: Machine, program: Path) -> list[str]:
+    """Deterministic emulation: virtual time advances 64 ns per instruction."""
+    qemu = shutil.which(os.environ.get("QEMU", "qemu-system-arm"))
+    if qemu is None:
+        raise ToolMissing("QEMU is not installed", hint="apt install qemu-system-arm")
+    return [
+        *(qemu, "-M", machine.qemu, "-display", "none", "-monitor", "none", "-serial", "none"),
+        *("-icount", "shift=6,sleep=off", "-semihosting-config", "enable=on,target=native"),
+        *("-kernel", str(program.resolve())),
+    ]
+
+
+def _read(plan: Plan, result: Result, trace: Trace, tests: int | None, test: Data | None) -> None:
+    failed = next((r for r in result.records if r.status != 0), None)
+    if failed is not None:
+        step = result.records.index(failed) - (tests or 0)
+        raise InvalidInput(
+            f"the net refused sample {step}",
+            why=f"status {failed.status}",
+            hint="labels in range, inputs finite, a smaller learning rate",
+        )
+    trace.losses = [r.loss for r in result.records if r.kind == TRAIN]
+    predictions = [r.values for r in result.records if r.kind == PREDICT]
+    if tests and test is not None:
+        trace.logits_before = np.stack(predictions[:tests])
+        trace.logits_after = np.stack(predictions[tests:])
+        if plan.loss == "cross_entropy":
+            labels = np.asarray(test[1])
+            trace.accuracy_before = float((trace.logits_before.argmax(1) == labels).mean())
+            trace.accuracy_after = float((trace.logits_after.argmax(1) == labels).mean())
+
+
+def _split(plan: Plan, result: Result, trace: Trace) -> None:
+    """The trained slices after every step, in PyTorch's layout."""
+    steps = [r.values for r in result.records if r.kind == TRAIN]
+    at = 0
+    for t in plan.program.trained:
+        parts = [from_c(v[at : at + t.size], t.shape, t.layout) for v in steps]
+        trace.tensors[t.param] = np.stack(parts)
+        at += t.size
+
+
+def _figures(plan: Plan, result: Result, machine: Machine | None) -> dict[str, float]:
+    figures: dict[str, float] = {
+        "arena_planned": plan.cost.arena,
+        "arena_high_water": result.arena_high_water,
+    }
+    unit = "microseconds" if result.microseconds else "instructions"
+    for kind, name in ((TRAIN, "train"), (PREDICT, "predict")):
+        elapsed = [r.elapsed for r in result.records if r.kind == kind]
+        if elapsed:
+            figures[f"{unit}_{name}"] = float(np.median(elapsed))
+    if machine is not None:
+        figures["stack_high_water"] = result.stack_high_water
+        static = result.data + result.bss + result.net - plan.cost.arena
+        figures["static"] = static
+        figures["ram"] = result.arena_high_water + static + result.stack_high_water
+        figures["ram_planned"] = plan.cost.ram
+    return figures
+
+
+def _sections(program: Path, machine: Machine | None) -> dict[str, float]:
+    """Section sizes in bytes, from the toolchain's size."""
+    tool = shutil.which("arm-none-eabi-size" if machine else "size")
+    if tool is None:
+        return {}
+    done = subprocess.run([tool, "-A", str(program)], capture_output=True, text=True, check=False)
+    sizes: dict[str, int] = {}
+    for line in done.stdout.splitlines():
+        words = line.split()
+        if len(words) == 3 and words[0].startswith(".") and words[1].isdigit():
+            sizes[words[0]] = int(words[1])
+    keep = {"text": (".text", ".rodata"), "data": (".data",), "bss": (".bss",)}
+    keep = {**keep, "weights": (".weights",)} if machine else keep
+    return {k: float(sum(sizes.get(s, 0) for s in names)) for k, names in keep.items()}

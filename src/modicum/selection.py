@@ -1,0 +1,96 @@
+"""What to update: slices of parameters, on both axes, and their step sizes."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from modicum.errors import UsageError
+from modicum.graph import Frozen, Graph, Shape
+
+
+class Slice(Frozen):
+    """Channels of one parameter; None means all of them.
+
+    `out` indexes dimension 0 (output channels, biases, norm scales), `inp` dimension 1 (input
+    channels).  Output slices shrink gradients and optimiser state; input slices shrink the
+    stored activation too.
+    """
+
+    out: tuple[int, ...] | None = None
+    inp: tuple[int, ...] | None = None
+
+    @field_validator("out", "inp")
+    @classmethod
+    def _ascending(cls, channels: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if channels is not None and (
+            not channels or channels[0] < 0 or list(channels) != sorted(set(channels))
+        ):
+            raise ValueError("channels must be ascending, distinct, non-negative and not empty")
+        return channels
+
+    @property
+    def whole(self) -> bool:
+        return self.out is None and self.inp is None
+
+    def shape(self, full: Shape) -> Shape:
+        """The shape of the slice of a parameter of shape `full`."""
+        out = full[0] if self.out is None else len(self.out)
+        if len(full) == 1:
+            return (out,)
+        inp = full[1] if self.inp is None else len(self.inp)
+        return (out, inp, *full[2:])
+
+
+class Update(Frozen):
+    """One trained parameter: which slice, and its step size relative to the optimiser's.
+
+    `rates` holds one factor per inner step, the last one repeated; 0 means "not in this step".
+    """
+
+    param: str
+    slice: Slice = Slice()
+    rates: tuple[float, ...] = Field(default=(1.0,), min_length=1)
+
+    @field_validator("rates")
+    @classmethod
+    def _not_negative(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0.0 <= r < float("inf") for r in rates):
+            raise ValueError("rates must be finite and not negative")
+        return rates
+
+
+Selection = tuple[Update, ...]
+
+
+def check_selection(graph: Graph, selection: Selection) -> None:
+    """Raise UsageError unless every update names a trainable parameter and channels it has."""
+    if not selection:
+        raise UsageError(
+            "the method selects nothing to update",
+            hint="choose a larger method, or patterns that match: " + _some(graph.trainable()),
+        )
+    seen: set[str] = set()
+    for update in selection:
+        param = graph.params.get(update.param)
+        if param is None or not param.trainable:
+            raise UsageError(
+                f"no trainable parameter is called {update.param!r}",
+                hint="the trainable parameters are " + _some(graph.trainable()),
+            )
+        if update.param in seen:
+            raise UsageError(f"{update.param!r} is selected twice")
+        seen.add(update.param)
+        if update.slice.inp is not None and len(param.shape) < 2:
+            raise UsageError(f"{update.param!r} has no input channels to slice")
+        for axis, channels in ((0, update.slice.out), (1, update.slice.inp)):
+            if channels is not None and channels[-1] >= param.shape[axis]:
+                side = ("output", "input")[axis]
+                raise UsageError(
+                    f"{update.param!r} has no {side} channel {channels[-1]}",
+                    why=f"its shape is {param.shape}",
+                )
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    tail = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + tail

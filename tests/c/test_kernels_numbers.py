@@ -1,0 +1,108 @@
+"""Single values: exp, log, checksums, and what happens to numbers that are not finite."""
+
+import ctypes
+import zlib
+
+import numpy as np
+import pytest
+from c.kernel_cases import examples
+from c.kernels import Window
+from hypothesis import given
+from hypothesis import strategies as st
+
+BAD = [np.nan, np.inf, -np.inf]
+
+
+def test_exp_is_within_a_millionth_over_its_range(kernels):
+    for x in np.linspace(-87, 88.7, 20011, dtype=np.float32):
+        assert kernels.mo_exp(x) == pytest.approx(np.exp(np.float64(x)), rel=1e-6, abs=0)
+
+
+def test_exp_is_zero_far_below_and_infinite_far_above(kernels):
+    assert kernels.mo_exp(-88.0) == kernels.mo_exp(-np.inf) == 0
+    assert kernels.mo_exp(89.0) == kernels.mo_exp(np.inf) == np.inf
+    assert np.isnan(kernels.mo_exp(np.nan))
+
+
+def test_log_is_within_a_millionth_over_normal_floats(kernels):
+    xs = np.geomspace(1.2e-38, 3.4e38, 20011).astype(np.float32)
+    near_one = np.linspace(0.5, 2.0, 4001, dtype=np.float32)
+    for x in np.concatenate([xs, near_one]):
+        assert kernels.mo_log(x) == pytest.approx(np.log(np.float64(x)), rel=1e-6, abs=0)
+
+
+def test_log_outside_its_domain(kernels):
+    assert kernels.mo_log(0.0) == kernels.mo_log(-0.0) == -np.inf
+    assert kernels.mo_log(np.inf) == np.inf
+    assert np.isnan(kernels.mo_log(-1.0)) and np.isnan(kernels.mo_log(np.nan))
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("position", [0, 3, 6])
+def test_cross_entropy_of_a_bad_logit_is_not_finite(kernels, bad, position):
+    z = np.linspace(-1, 1, 7, dtype=np.float32)
+    z[position] = bad
+    assert not np.isfinite(kernels.mo_cross_entropy(z, 7, 3, 1.0))
+    assert not np.isfinite(z).any()
+
+
+@pytest.mark.parametrize("label", [-1, 7])
+def test_cross_entropy_of_an_unknown_label_is_not_finite(kernels, label):
+    z = np.zeros(7, np.float32)
+    assert np.isnan(kernels.mo_cross_entropy(z, 7, label, 1.0))
+
+
+def test_cross_entropy_survives_the_largest_logits(kernels):
+    z = np.array([3e38, -3e38], np.float32)
+    assert kernels.mo_cross_entropy(z, 2, 0, 1.0) == 0
+    assert np.array_equal(z, [0, 0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_value_passes_through_activation_pooling_and_addition(kernels, bad):
+    x = np.array([1, bad, -1, 2], np.float32)
+    y = np.empty_like(x)
+    kernels.mo_clamp_forward(y, x, 4, 0.0, np.inf)
+    assert not np.isfinite(y[1])
+    kernels.mo_add(y, x, np.zeros(4, np.float32), 4, -np.inf, np.inf)
+    assert not np.isfinite(y[1])
+    window = Window(2, 2, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 1, 1)
+    for pool in (
+        lambda out: kernels.mo_maxpool_forward(out, None, x, window, 2),
+        lambda out: kernels.mo_avgpool_forward(out, x, window, 0, 0),
+        lambda out: kernels.mo_adaptive_avgpool_forward(out, x, 2, 2, 1, 1, 1),
+    ):
+        out = np.zeros(1, np.float32)
+        pool(out)
+        assert not np.isfinite(out[0])
+
+
+def test_a_corrupt_pooling_code_writes_nowhere_else(kernels):
+    window = Window(2, 2, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 1, 1)
+    dx = np.full(6, 7, np.float32)
+    code = np.array([0xFF], np.uint8)
+    kernels.mo_maxpool_backward(dx[1:5], np.ones(1, np.float32), code, window, 8)
+    assert list(dx) == [7, 0, 0, 0, 0, 7]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_all_finite_sees_one_bad_value_anywhere(kernels, bad):
+    x = np.array([0.0, -1.0, 3.4e38, 1e-45, -3.4e38], np.float32)
+    assert kernels.mo_all_finite(x, 5) == 1
+    assert kernels.mo_all_finite(x, 0) == 1
+    for i in range(5):
+        y = x.copy()
+        y[i] = bad
+        assert kernels.mo_all_finite(y, 5) == 0
+        assert kernels.mo_all_finite(y, i) == 1
+
+
+@examples
+@given(st.binary(max_size=200), st.integers(0, 200))
+def test_crc_is_that_of_zlib_and_may_be_chained(kernels, data, cut):
+    def crc(start: int, part: bytes) -> int:
+        buffer = ctypes.create_string_buffer(part, len(part) + 1)
+        return kernels.mo_crc32(ctypes.c_uint32(start), buffer, ctypes.c_size_t(len(part)))
+
+    assert crc(0, data) == zlib.crc32(data)
+    assert crc(crc(0, data[:cut]), data[cut:]) == zlib.crc32(data)
