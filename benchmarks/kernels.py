@@ -138,7 +138,7 @@ def compile_kernels(folder: Path, compiler: str, flags: list[str]) -> ctypes.CDL
     timer, library = folder / "timer.c", folder / "libtimer.so"
     timer.write_text(TIMER)
     sources = [str(source) for source in sorted(KERNELS.glob("*.c"))]
-    command = [compiler, "-std=gnu99", *flags, "-fPIC", "-shared", f"-I{KERNELS}", str(timer)]
+    command = [compiler, "-std=gnu11", *flags, "-fPIC", "-shared", f"-I{KERNELS}", str(timer)]
     subprocess.run([*command, *sources, "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.make_layers.restype = ctypes.c_void_p
@@ -157,7 +157,9 @@ def measure(library: ctypes.CDLL, names: list[str], geometries: list[list[int]])
         macs = g["out_h"] * g["out_w"] * g["out_c"]
         macs *= g["k_h"] * g["k_w"] * g["in_c"] // g["groups"]
         calls = max(1, 1_000_000 // macs)
-        micros = {p: 1e6 * library.time_layer(layers, i, n, 15, calls) for n, p in enumerate(PASSES)}
+        micros = {
+            p: 1e6 * library.time_layer(layers, i, n, 15, calls) for n, p in enumerate(PASSES)
+        }
         kind = "depthwise" if g["groups"] > 1 else "pointwise" if g["k_h"] == 1 else "general"
         rows.append(dict(name=name, kind=kind, macs=macs, geometry=g, micros=micros))
     forward, step = (1e3 * library.time_network(layers, len(names), t, 40) for t in (0, 1))
@@ -181,7 +183,9 @@ def table(result: dict) -> str:
         cells = [f"{us:8.1f}{2e-3 * macs / us:9.1f}" for us in micros]
         lines.append(f"{'all ' + kind:54}{macs / 1e3:8.0f}" + "".join(cells))
     lines.append(f"one pass over all layers: forward {result['forward_ms']:.2f} ms,")
-    lines.append(f"forward and both gradients {result['step_ms']:.2f} ms (no dX of the first layer)")
+    lines.append(
+        f"forward and both gradients {result['step_ms']:.2f} ms (no dX of the first layer)"
+    )
     return "\n".join([f"{result['net']}, {result['compiler']}", *lines])
 
 

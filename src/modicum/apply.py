@@ -129,7 +129,7 @@ class _Step(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         node, tuned = ctx.node, ctx.tuned
         program = tuned.plan.program

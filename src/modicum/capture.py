@@ -328,8 +328,8 @@ def _aten_clamp(r: _Reader, fx: Any) -> None:
 
 
 def _add_clamp(r: _Reader, fx: Any, lo: float | None, hi: float | None) -> None:
-    bounds = {"lo": None if lo is None else float(lo), "hi": None if hi is None else float(hi)}
-    r.add(fx, "clamp", [r.value(fx.args[0])], **bounds)
+    low, high = (None if b is None else float(b) for b in (lo, hi))
+    r.add(fx, "clamp", [r.value(fx.args[0])], lo=low, hi=high)
 
 
 def _max_pool2d(r: _Reader, fx: Any) -> None:
@@ -458,5 +458,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     """The model's parameters and buffers as float32 numpy arrays, by name."""
     entries = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
-        name: t.detach().cpu().float().numpy() for name, t in entries.items() if t.is_floating_point()
+        name: t.detach().cpu().float().numpy()
+        for name, t in entries.items()
+        if t.is_floating_point()
     }

@@ -133,8 +133,9 @@ def layer_costs(program: Program) -> tuple[LayerCost, ...]:
     for node in program.graph.nodes:
         kept = []
         for k in program.kept[node.name]:
-            shared = saved_key(k) in seen
-            seen.add(saved_key(k))
+            key = saved_key(program.graph, node, k)
+            shared = key in seen
+            seen.add(key)
             kept.append((k.kind, 0 if shared else k.bytes, _why(k, shared)))
         macs = program.macs[node.name]
         slices = program.wanted[node.name].params

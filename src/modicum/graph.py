@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -19,7 +19,10 @@ from modicum.errors import InvalidInput
 
 Shape = tuple[int, ...]
 Dtype = Literal["f32"]
-Attr = int | float | bool | str | tuple[int, ...] | None
+if TYPE_CHECKING:
+    Attr = Any  # each operator knows the types of its own
+else:
+    Attr = int | float | bool | str | tuple[int, ...] | None
 
 ITEM_BYTES: dict[Dtype, int] = {"f32": 4}
 

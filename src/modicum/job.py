@@ -44,6 +44,7 @@ class Result:
     bss: int
     net: int
     microseconds: bool
+    peak_rss: int
 
 
 class Job:
@@ -96,8 +97,9 @@ def decode(data: bytes) -> Result:
     records: list[Record] = []
     while (word := take(4)) != END:
         records.append(_record(take, word, outputs, trained, flags))
-    high, stack, size, data_bytes, bss, net, _, _ = _ints(take(32))
-    return Result(records, high, stack, size, data_bytes, bss, net, bool(flags & MICROSECONDS))
+    high, stack, size, data_bytes, bss, net, _, _, rss = _ints(take(36))
+    timed = bool(flags & MICROSECONDS)
+    return Result(records, high, stack, size, data_bytes, bss, net, timed, 1024 * rss)
 
 
 class _Reader:

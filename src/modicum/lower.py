@@ -36,9 +36,7 @@ from modicum.ops.pool import MaxPool2d
 from modicum.optim import SGD, Adam
 from modicum.selection import Selection, Slice, Update, check_selection
 
-Kind = Literal[
-    "weight", "optimizer", "accumulator", "activation", "saved", "gradient", "workspace"
-]
+Kind = Literal["weight", "optimizer", "accumulator", "activation", "saved", "gradient", "workspace"]
 Phase = Literal["forward", "save", "loss", "backward", "update"]
 Loss = Literal["cross_entropy", "mse"]
 Order = Literal["dx-first", "dw-first"]
@@ -138,7 +136,8 @@ class Program:
     @cached_property
     def saved_bytes(self) -> int:
         """Bytes kept from the forward to the backward pass for one sample; each thing once."""
-        return sum({saved_key(k): k.bytes for ks in self.kept.values() for k in ks}.values())
+        kept = ((n, k) for n in self.graph.nodes for k in self.kept[n.name])
+        return sum({saved_key(self.graph, n, k): k.bytes for n, k in kept}.values())
 
     @cached_property
     def lifetimes(self) -> dict[str, tuple[int, int]]:
@@ -155,8 +154,14 @@ class Program:
         return spans
 
 
-def saved_key(kept: Kept) -> tuple[str, str, tuple[int, ...] | None]:
-    return (kept.kind, kept.value, kept.channels)
+def saved_key(graph: Graph, node: Node, kept: Kept) -> tuple[str, str]:
+    """What is one buffer: a value under all its shapes, and each mask, code or part of a node."""
+    if kept.kind != "value":
+        return (kept.kind, node.name)
+    value = kept.value
+    while (by := graph.by_name.get(value)) is not None and OPS[by.op].view(graph, by):
+        value = by.inputs[0]
+    return (kept.kind, value)
 
 
 def saved_name(kept: Kept, node: Node) -> str:
@@ -398,8 +403,7 @@ class _Lowering:
             wanted=self.wanted,
             kept=self.kept,
             macs={
-                n.name: OPS[n.op].macs(self.graph, n, self.wanted[n.name])
-                for n in self.graph.nodes
+                n.name: OPS[n.op].macs(self.graph, n, self.wanted[n.name]) for n in self.graph.nodes
             },
             input_buffer=self.where[source],
             output_buffer=output,
@@ -465,9 +469,7 @@ class _Lowering:
                 self._save_channels(node, kept)
         clamp = self.fused.get(node.name)
         produced_by_fusion = node.op == "clamp" and node.inputs[0] in self.fused
-        if produced_by_fusion:
-            self.where[node.name] = self.where[node.inputs[0]]
-        elif op.view(self.graph, node):
+        if produced_by_fusion or op.view(self.graph, node):
             self.where[node.name] = self.where[node.inputs[0]]
         else:
             params = self._operands("forward", node)
@@ -663,7 +665,7 @@ class _Lowering:
             self._dx_step(node, i, dy, dx, accumulate=False)
             self._own(v, dx)
         elif OPS[node.op].accumulates:
-            self._dx_step(node, i, dy, self._writable(node, v), accumulate=True)
+            self._dx_step(node, i, dy, self._writable(node, v, dy), accumulate=True)
         else:
             part = self._buffer(f"d:{v}", size, "gradient", value=v)
             self._dx_step(node, i, dy, part, accumulate=False)
@@ -688,10 +690,10 @@ class _Lowering:
         self.grad[v] = buffer
         self.pending.setdefault(buffer, set()).add(v)
 
-    def _writable(self, node: Node, v: str) -> str:
-        """v's gradient in a buffer that no other value shares."""
+    def _writable(self, node: Node, v: str, dy: str = "") -> str:
+        """v's gradient in a buffer that no other value shares, and that is not `dy`."""
         mine = self.grad[v]
-        if self.pending[mine] == {v}:
+        if self.pending[mine] == {v} and mine != dy:
             return mine
         n = self.graph.values[v].size
         copy = self._buffer(f"d:{v}", 4 * n, "gradient", value=v)
@@ -725,7 +727,7 @@ class _Lowering:
         trained = self.trained[node.params[role]]
         s = self.wanted[node.name].params[role]
         accumulate = self.accumulate > 1
-        if s.out is not None and not op.slices_rows(self.graph, node, s):
+        if s.out is not None and not (role == "weight" and op.slices_rows(self.graph, node, s)):
             rows, _ = channels_last(self.graph.shape(node.name))
             part = self._buffer(f"rows:{node.name}", 4 * rows * len(s.out), "workspace")
             self._gather("backward", node, part, dy, s.out, self.graph.shape(node.name))

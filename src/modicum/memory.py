@@ -107,9 +107,7 @@ def _best_offsets(
     return offsets
 
 
-def _conflicts(
-    names: list[str], spans: Mapping[str, tuple[int, int]]
-) -> dict[str, list[str]]:
+def _conflicts(names: list[str], spans: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
     conflicts: dict[str, list[str]] = {n: [] for n in names}
     for i, a in enumerate(names):
         for b in names[:i]:

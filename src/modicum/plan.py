@@ -27,7 +27,7 @@ from modicum.optim import SGD, Adam, Optimizer
 from modicum.selection import Update
 from modicum.units import count, kib, percent, size
 
-VERSION = 1
+VERSION: Literal[1] = 1
 ORDERS: tuple[Order, ...] = ("dx-first", "dw-first")
 
 
@@ -90,7 +90,9 @@ class Plan(Frozen):
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InvalidInput("not a plan: the JSON is broken", where=where, why=str(error)) from None
+            raise InvalidInput(
+                "not a plan: the JSON is broken", where=where, why=str(error)
+            ) from None
         if not isinstance(data, dict) or data.get("version") != VERSION:
             version = data.get("version") if isinstance(data, dict) else None
             raise InvalidInput(
@@ -121,7 +123,9 @@ class Plan(Frozen):
         try:
             program = self.program
         except UsageError as error:
-            raise InvalidInput("the plan's selection does not fit its graph", why=error.what) from None
+            raise InvalidInput(
+                "the plan's selection does not fit its graph", why=error.what
+            ) from None
         verify(program, self.offsets, self.cost.arena)
         placement = _placement(program, self.offsets)
         if cost(program, placement, self.board) != self.cost:
@@ -271,7 +275,9 @@ def _nearest(p: Plan) -> list[str]:
 
 def _flags(method: Method) -> str:
     fields = method.model_dump(exclude={"kind"})
-    return " ".join([str(getattr(method, "kind", "")), *(f"--{k} {v}" for k, v in fields.items())])
+    return " ".join(
+        [str(getattr(method, "kind", "")), *(f"--set {k}={v}" for k, v in fields.items())]
+    )
 
 
 def _digest(data: dict[str, Any]) -> str:
@@ -289,7 +295,11 @@ def render(p: Plan, layers: bool = True) -> str:
     rows = [
         ("floor", kib(c.floor), f"live bytes of inference alone, at {c.floor_at}"),
         ("lower bound", kib(c.lower_bound), "most bytes live at once; no placement is smaller"),
-        ("arena", kib(c.arena), f"as placed, {percent(c.arena / c.lower_bound - 1)} above the bound"),
+        (
+            "arena",
+            kib(c.arena),
+            f"as placed, {percent(c.arena / c.lower_bound - 1)} above the bound",
+        ),
         ("  trained", kib(c.trained_bytes), f"{c.trained_params:,} parameters in RAM"),
         ("  optimiser", kib(c.optimizer_bytes), str(p.optimizer)),
     ]

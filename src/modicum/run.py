@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import subprocess
 import tempfile
@@ -72,13 +71,13 @@ def run(
     order = list(range(len(train[0]))) if order is None else order
     job = _job(plan, train, order, test, record)
     program = build(folder, machine.target if machine else "host", parity)
-    result, figures = _execute(program, machine, job, timeout)
+    result = _execute(program, machine, job, timeout)
     trace = Trace(where=on if machine is None else machine.target, plan_hash=plan.hash)
     trace.order = order
     _read(plan, result, trace, None if test is None else len(test[0]), test)
     if record:
         _split(plan, result, trace)
-    trace.figures = {**_figures(plan, result, machine), **_sections(program, machine), **figures}
+    trace.figures = {**_figures(plan, result, machine), **_sections(program, machine)}
     return trace
 
 
@@ -88,8 +87,9 @@ def find_machine(on: str, plan: Plan) -> Machine | None:
         wanted = plan.board.qemu if plan.board else None
         found = next((m for m in MACHINES.values() if m.qemu == wanted), None)
         if found is None:
+            board = plan.board.name if plan.board else "a plan without a board"
             raise UsageError(
-                f"no emulated board has the core of {plan.board.name if plan.board else 'no board'}",
+                f"no emulated machine has the core of {board}",
                 hint="--on " + ", ".join(ON),
             )
         return found
@@ -134,7 +134,7 @@ def _job(plan: Plan, train: Data, order: list[int], test: Data | None, record: b
     flags = PAINT | (PARAMETERS if record else 0)
     job = Job(graph.values[graph.input].size, targets, flags)
     images, labels = image_to_c(train[0]), np.asarray(train[1])
-    tests = image_to_c(test[0]) if test is not None else []
+    tests: Any = image_to_c(test[0]) if test is not None else []
     for x in tests:
         job.predict(x)
     for i in order:
@@ -147,19 +147,15 @@ def _job(plan: Plan, train: Data, order: list[int], test: Data | None, record: b
     return job
 
 
-def _execute(
-    program: Path, machine: Machine | None, job: Job, timeout: float
-) -> tuple[Result, dict[str, float]]:
+def _execute(program: Path, machine: Machine | None, job: Job, timeout: float) -> Result:
     with tempfile.TemporaryDirectory(prefix="modicum-run-") as scratch:
         place = Path(scratch)
         (place / "job.bin").write_bytes(job.encode())
         command = [str(program.resolve())] if machine is None else qemu_command(machine, program)
         try:
-            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             done = subprocess.run(
                 command, cwd=place, capture_output=True, text=True, timeout=timeout, check=False
             )
-            seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
         except subprocess.TimeoutExpired:
             raise ModicumError(
                 f"the run did not end within {timeout:.0f} s", where=" ".join(command)
@@ -171,7 +167,7 @@ def _execute(
                 where=str(program),
                 why=output[-8:] or ["it printed nothing"],
             )
-        return decode((place / "trace.bin").read_bytes()), {"user_seconds": seconds}
+        return decode((place / "trace.bin").read_bytes())
 
 
 def qemu_command(machine: Machine, program: Path) -> list[str]:
@@ -226,7 +222,9 @@ def _figures(plan: Plan, result: Result, machine: Machine | None) -> dict[str, f
         elapsed = [r.elapsed for r in result.records if r.kind == kind]
         if elapsed:
             figures[f"{unit}_{name}"] = float(np.median(elapsed))
-    if machine is not None:
+    if machine is None:
+        figures["peak_rss"] = result.peak_rss
+    else:
         figures["stack_high_water"] = result.stack_high_water
         static = result.data + result.bss + result.net - plan.cost.arena
         figures["static"] = static

@@ -75,7 +75,13 @@ def test_builds_agree_to_the_bit(kernels, builds, name):
 
 @pytest.mark.parametrize("lanes", [1, 16])
 def test_sanitizers_find_nothing_in_any_generated_call(tmp_path, lanes):
-    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = [
+        "-g",
+        "-O1",
+        "-march=native",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
     try:
         library = build(tmp_path, [*flags, f"-DMO_LANES={lanes}", "-Wno-psabi"])
     except subprocess.CalledProcessError:

@@ -42,9 +42,9 @@ class Explicit(Method):
                 )
         updates = []
         for name in names:
-            pattern = next((p for p in self.params if fnmatchcase(name, p)), None)
-            if pattern is not None:
-                c = self.params[pattern] or Channels()
+            match = next((p for p in self.params if fnmatchcase(name, p)), None)
+            if match is not None:
+                c = self.params[match] or Channels()
                 has_inputs = len(graph.params[name].shape) > 1
                 part = Slice(out=c.out, inp=c.inp if has_inputs else None)
                 updates.append(Update(param=name, slice=part))

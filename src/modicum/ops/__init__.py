@@ -14,7 +14,18 @@ from modicum.ops.linear import Linear
 from modicum.ops.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from modicum.ops.reshape import Reshape
 
-_ALL = (Conv2d, Linear, BatchNorm, Clamp, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Add, Concat, Reshape)
+_ALL = (
+    Conv2d,
+    Linear,
+    BatchNorm,
+    Clamp,
+    MaxPool2d,
+    AvgPool2d,
+    AdaptiveAvgPool2d,
+    Add,
+    Concat,
+    Reshape,
+)
 
 OPS: dict[str, Op] = {cls.name: cls() for cls in _ALL}
 

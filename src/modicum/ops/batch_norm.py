@@ -17,7 +17,9 @@ class BatchNorm(Op):
         channels = inputs[0][1]
         for role, name in node.params.items():
             if params[name].shape != (channels,):
-                raise ValueError(f"{role} is {params[name].shape}, the input has {channels} channels")
+                raise ValueError(
+                    f"{role} is {params[name].shape}, the input has {channels} channels"
+                )
         return inputs[0]
 
     def saved(self, graph, node, wanted):

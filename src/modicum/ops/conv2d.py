@@ -143,8 +143,8 @@ class Conv2d(Op):
             calls, row_elems, done = [], kh * kw * in_g, 0
             for first, last in runs(s.out):
                 dst = replace(grad, offset=done * row_elems)
-                args = (dst, Buf(b.dy), Buf(b.kept[0]), geo, first, last, int(acc))
-                calls.append(Call("mo_conv2d_dw", args, macs * (last - first) // n_out))
+                part = (dst, Buf(b.dy), Buf(b.kept[0]), geo, first, last, int(acc))
+                calls.append(Call("mo_conv2d_dw", part, macs * (last - first) // n_out))
                 done += last - first
             return GradCall(tuple(calls), 1, n_out * row_elems)
         rows = (Expr("row"), Expr("row_end"), int(acc))
@@ -166,7 +166,7 @@ def is_depthwise(graph: Graph, node: Node) -> bool:
 
 def geometry(graph: Graph, node: Node, s: Slice | None = None) -> Struct:
     """mo_conv_t; with a slice, of the dense convolution between the sliced channels."""
-    out_c, in_g, kh, kw = _weight(graph, node)
+    out_c, _, kh, kw = _weight(graph, node)
     _, in_c, h, w = graph.shape(node.inputs[0])
     _, _, out_h, out_w = graph.shape(node.name)
     groups = _groups(node)

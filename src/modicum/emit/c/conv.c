@@ -9,6 +9,8 @@
    pixels and kernel tap, or kernel row where its taps lie side by side in memory.  Every element
    is summed in the order that mo_kernels.h states, whatever the tiles: where a sum is cut, its
    first part waits in the output. */
+#include <string.h>
+
 #include "mo_kernels.h"
 #include "mo_tile.h"
 
@@ -31,13 +33,13 @@ typedef struct {
 #define MO_TILE_ROWS 4
 #define MO_ROWS(TILE)                          \
   int32_t m = 0;                               \
-  for (; m + 4 <= g->m; m += 4) TILE(4);       \
+  MO_LOOP for (; m + 4 <= g->m; m += 4) TILE(4);       \
   for (; m < g->m; m++) TILE(1);
 #else
 #define MO_TILE_ROWS 8
 #define MO_ROWS(TILE)                          \
   int32_t m = 0;                               \
-  for (; m + 8 <= g->m; m += 8) TILE(8);       \
+  MO_LOOP for (; m + 8 <= g->m; m += 8) TILE(8);       \
   if (m + 4 <= g->m) {                         \
     TILE(4);                                   \
     m += 4;                                    \
@@ -146,23 +148,10 @@ static mo_conv_t flattened(const mo_conv_t *geometry) {
   return g;
 }
 
+/* A part of the sums of one panel: `rows` kernel rows from kh and `taps` taps of each from kw,
+   whose products with the channels are numbered 0 .. taps * channels; of these, k0 .. k1. */
 typedef struct {
-  int32_t begin, end;
-} range_t;
-
-/* The outputs i in [0, out) whose input i * stride + offset lies in [0, in) */
-static range_t outputs_inside(int32_t offset, int32_t stride, int32_t in, int32_t out) {
-  range_t t;
-  t.begin = offset < 0 ? mo_min((-offset + stride - 1) / stride, out) : 0;
-  t.end = offset < in ? mo_min((in - offset + stride - 1) / stride, out) : 0;
-  t.end = mo_max(t.begin, t.end);
-  return t;
-}
-
-/* A part of the sums of one panel: of kernel row kh, the `taps` taps from kw, whose products with
-   the channels are numbered 0 .. taps * channels; of these, k0 .. k1. */
-typedef struct {
-  int32_t kh, kw, taps, k0, k1;
+  int32_t kh, rows, kw, taps, k0, k1;
 } part_t;
 
 /* Adds one part to the panel of output row oy.  p holds what all rows share. */
@@ -171,24 +160,24 @@ static void forward_row(mo_gemm_t *p, const part_t *part, float *y, const float 
   const int32_t channels = g->in_c / g->groups;
   const int32_t iy = oy * g->stride_h - g->pad_t + part->kh * g->dil_h;
   const int32_t offset = part->kw * g->dil_w - g->pad_l;
-  const int outside = iy < 0 || iy >= g->in_h;
-  const range_t whole =
-      outputs_inside(offset, g->stride_w, g->in_w - (part->taps - 1), g->out_w);
+  const mo_range_t rows = mo_taps_inside(iy, g->dil_h, part->rows, g->in_h);
+  const mo_range_t whole =
+      mo_outputs_inside(offset, g->stride_w, g->in_w - (part->taps - 1), g->out_w);
   int32_t end;
   for (int32_t ox = 0; ox < g->out_w; ox = end) {
     const int32_t ix = ox * g->stride_w + offset;
     const int32_t k0 = mo_max(part->k0, mo_max(0, -ix) * channels);
     const int32_t k1 = mo_min(part->k1, mo_min(part->taps, g->in_w - ix) * channels);
-    end = outside ? g->out_w : ox == whole.begin ? mo_max(whole.end, ox + 1) : ox + 1;
+    end = ox == whole.begin ? mo_max(whole.end, ox + 1) : ox + 1;
     p->c = y + (oy * g->out_w + ox) * g->out_c;
     p->m = end - ox;
-    if (outside || k0 >= k1) {
-      p->depth = 0;
-      if (p->start == MO_FROM_C && !p->clamp) continue;
-    } else {
+    p->runs = k0 < k1 ? rows.end - rows.begin : 0;
+    if (p->runs > 0) {
       p->depth = k1 - k0;
-      p->a = x + (iy * g->in_w + ix) * g->in_c + k0;
-      p->b = w + (k0 - part->k0) * p->br;
+      p->a = x + ((iy + rows.begin * g->dil_h) * g->in_w + ix) * g->in_c + k0;
+      p->b = w + rows.begin * p->b_run + (k0 - part->k0) * p->br;
+    } else if (p->start == MO_FROM_C && !p->clamp) {
+      continue;
     }
 #if MO_LANES == 1
     MO_PANEL(dot_, width, p, 0)
@@ -202,38 +191,43 @@ void mo_conv2d_forward(float *y, const float *x, const float *w, const float *b,
                        const mo_conv_t *geometry, float lo, float hi) {
   const mo_conv_t g = flattened(geometry);
   const int32_t channels = g.in_c / g.groups, out_channels = g.out_c / g.groups;
-  const int32_t w_stride = g.k_h * g.k_w * channels;
-  const int32_t taps = g.groups == 1 && g.dil_w == 1 ? g.k_w : 1;
+  const int32_t w_row = g.k_w * channels, w_stride = g.k_h * w_row;
+  const int whole_rows = g.groups == 1 && g.dil_w == 1;
+  const int32_t rows = whole_rows ? mo_max(1, MO_DEPTH / w_row) : 1;
+  const int clamped = lo > MO_NO_LO || hi < MO_NO_HI;
   part_t part;
   mo_gemm_t p = {0};
-  part.taps = taps;
+  part.taps = whole_rows ? g.k_w : 1;
   p.cm = g.out_c;
-  p.cn = 1;
   p.am = g.stride_w * g.in_c;
-  p.runs = 1;
+  p.a_run = g.dil_h * g.in_w * g.in_c;
   p.lo = lo;
   p.hi = hi;
   for (int32_t o = 0, width; o < g.out_c; o += width) {
     const int32_t group = o / out_channels;
     width = panel_width((group + 1) * out_channels - o);
     p.start = b ? MO_FROM_BIAS : MO_FROM_ZERO;
-    p.bias = b + o;
-    for (part.kh = 0; part.kh < g.k_h; part.kh++)
-      for (part.kw = 0; part.kw < g.k_w; part.kw += taps)
-        for (part.k0 = 0; part.k0 < taps * channels; part.k0 = part.k1) {
-          const float *columns =
-              w + o * w_stride + (part.kh * g.k_w + part.kw) * channels + part.k0;
-          part.k1 = mo_min(part.k0 + MO_DEPTH, taps * channels);
+    p.bias = b ? b + o : NULL;
+    for (part.kh = 0; part.kh < g.k_h; part.kh += part.rows)
+      for (part.kw = 0; part.kw < g.k_w; part.kw += part.taps)
+        for (part.k0 = 0; part.k0 < part.taps * channels; part.k0 = part.k1) {
+          const float *columns = w + o * w_stride + part.kh * w_row + part.kw * channels + part.k0;
+          part.rows = mo_min(rows, g.k_h - part.kh);
+          part.k1 = mo_min(part.k0 + MO_DEPTH, part.taps * channels);
 #if MO_LANES == 1
           p.br = 1;
           p.bn = w_stride;
+          p.b_run = w_row;
 #else
           float panel[MO_DEPTH * MO_WIDEST];
-          MO_PANEL(pack_, width, panel, columns, w_stride, part.k1 - part.k0)
+          const int32_t depth = (part.rows - 1) * w_row + part.k1 - part.k0;
+          MO_PANEL(pack_, width, panel, columns, w_stride, depth)
           columns = panel;
           p.br = width;
+          p.b_run = w_row * width;
 #endif
-          p.clamp = part.kh + 1 == g.k_h && part.kw + taps == g.k_w && part.k1 == taps * channels;
+          p.clamp = clamped && part.kh + part.rows == g.k_h && part.kw + part.taps == g.k_w &&
+                    part.k1 == part.taps * channels;
           for (int32_t oy = 0; oy < g.out_h; oy++)
             forward_row(&p, &part, y + o, x + group * channels, columns, &g, oy, width);
           p.start = MO_FROM_C;
@@ -259,7 +253,7 @@ void mo_conv2d_dx(float *dx, const float *dy, const float *w, const mo_conv_t *g
     for (int32_t tap = 0; tap < taps; tap++) {
       const int32_t reach = iy + g.pad_t - tap / g.k_w * g.dil_h, oy = reach / g.stride_h;
       const int32_t offset = tap % g.k_w * g.dil_w - g.pad_l;
-      const range_t seen = outputs_inside(offset, g.stride_w, g.in_w, g.out_w);
+      const mo_range_t seen = mo_outputs_inside(offset, g.stride_w, g.in_w, g.out_w);
       if (reach < 0 || reach % g.stride_h != 0 || oy >= g.out_h) continue;
       p.m = seen.end - seen.begin;
       for (int32_t group = 0; group < g.groups; group++) {
@@ -297,8 +291,8 @@ void mo_conv2d_dw(float *dw, const float *dy, const float *x, const mo_conv_t *g
     for (int32_t tap = 0; tap < taps; tap++) {
       const int32_t offset_h = tap / g.k_w * g.dil_h - g.pad_t;
       const int32_t offset_w = tap % g.k_w * g.dil_w - g.pad_l;
-      const range_t seen_h = outputs_inside(offset_h, g.stride_h, g.in_h, g.out_h);
-      const range_t seen_w = outputs_inside(offset_w, g.stride_w, g.in_w, g.out_w);
+      const mo_range_t seen_h = mo_outputs_inside(offset_h, g.stride_h, g.in_h, g.out_h);
+      const mo_range_t seen_w = mo_outputs_inside(offset_w, g.stride_w, g.in_w, g.out_w);
       const float *dy0 = dy + o, *x0 = x + group * channels;
       p.runs = seen_h.end - seen_h.begin;
       p.depth = seen_w.end - seen_w.begin;

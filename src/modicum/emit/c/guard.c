@@ -1,13 +1,14 @@
 /* Checks on data that came from outside or out of a training step. */
-#include <string.h>
-
 #include "mo_kernels.h"
 
 int mo_all_finite(const float *x, int32_t n) {
   for (int32_t i = 0; i < n; i++) {
-    uint32_t bits;
-    memcpy(&bits, x + i, sizeof bits);
-    if ((bits & 0x7F800000u) == 0x7F800000u) return 0;
+    union {
+      float value;
+      uint32_t bits;
+    } u;
+    u.value = x[i];
+    if ((u.bits & 0x7F800000u) == 0x7F800000u) return 0;
   }
   return 1;
 }

@@ -1,18 +1,21 @@
 /* Losses, with their own exp and log: no libm, so the bits are the same everywhere. */
-#include <string.h>
-
 #include "mo_kernels.h"
 
+typedef union {
+  float value;
+  uint32_t bits;
+} float_bits_t;
+
 static float from_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
+  float_bits_t x;
+  x.bits = bits;
+  return x.value;
 }
 
-static uint32_t to_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
+static uint32_t to_bits(float value) {
+  float_bits_t x;
+  x.value = value;
+  return x.bits;
 }
 
 /* 2^n for -126 <= n <= 127 */

@@ -8,27 +8,27 @@ MO_INLINE void NAME(load_)(VEC *row, const float *c, const int32_t cn) {
   MO_UNROLL for (int v = 0; v < MO_V; v++) {
     float t[MO_L];
     if (cn != 1)
-      for (int n = 0; n < MO_L; n++) t[n] = c[(v * MO_L + n) * cn];
-    memcpy(&row[v], cn == 1 ? c + v * MO_L : t, sizeof(VEC));
+      MO_LOOP for (int n = 0; n < MO_L; n++) t[n] = c[(v * MO_L + n) * cn];
+    row[v] = MO_LOAD(MO_L, cn == 1 ? c + v * MO_L : t);
   }
 }
 
 MO_INLINE void NAME(store_)(float *c, const VEC *row, const int32_t cn) {
   MO_UNROLL for (int v = 0; v < MO_V; v++) {
     float t[MO_L];
-    memcpy(cn == 1 ? c + v * MO_L : t, &row[v], sizeof(VEC));
+    MO_STORE(MO_L, cn == 1 ? c + v * MO_L : t, row[v]);
     if (cn != 1)
-      for (int n = 0; n < MO_L; n++) c[(v * MO_L + n) * cn] = t[n];
+      MO_LOOP for (int n = 0; n < MO_L; n++) c[(v * MO_L + n) * cn] = t[n];
   }
 }
 
 /* Rows m0 .. m0 + M of the panel at column n0.  Strides are constants where this is inlined. */
 MO_INLINE void NAME(tile_)(const int M, const mo_gemm_t *g, const int32_t m0, const int32_t n0,
                            const int32_t am, const int32_t ar, const int32_t br, const int32_t bn,
-                           const int32_t cn, const int32_t runs) {
+                           const int32_t cn) {
   VEC sum[MO_TILE_ROWS][MO_V];
   float *c = g->c + m0 * g->cm + n0 * cn;
-  const int32_t cm = g->cm, depth = g->depth;
+  const int32_t cm = g->cm, runs = g->runs, depth = g->depth;
   const float *a = g->a + m0 * am, *b = g->b + n0 * bn;
   if (g->start == MO_FROM_C) {
     MO_UNROLL for (int m = 0; m < M; m++) NAME(load_)(sum[m], c + m * cm, cn);
@@ -38,11 +38,11 @@ MO_INLINE void NAME(tile_)(const int M, const mo_gemm_t *g, const int32_t m0, co
     MO_UNROLL for (int m = 0; m < M; m++)
       MO_UNROLL for (int v = 0; v < MO_V; v++) sum[m][v] = first[v];
   }
-  for (int32_t run = 0; run < runs; run++, a += g->a_run, b += g->b_run)
-    for (int32_t r = 0; r < depth; r++) {
+  MO_LOOP for (int32_t run = 0; run < runs; run++, a += g->a_run, b += g->b_run)
+    MO_LOOP for (int32_t r = 0; r < depth; r++) {
       VEC w[MO_V];
       MO_UNROLL for (int v = 0; v < MO_V; v++)
-        memcpy(&w[v], b + r * br + v * (MO_L == 1 ? bn : MO_L), sizeof(VEC));
+        w[v] = MO_LOAD(MO_L, b + r * br + v * (MO_L == 1 ? bn : MO_L));
       MO_UNROLL for (int m = 0; m < M; m++) {
         const float x = a[m * am + r * ar];
         MO_UNROLL for (int v = 0; v < MO_V; v++) sum[m][v] += x * w[v];
@@ -56,14 +56,14 @@ MO_INLINE void NAME(tile_)(const int M, const mo_gemm_t *g, const int32_t m0, co
 
 /* a contiguous in the sum, b and c in the columns */
 MO_NOINLINE void NAME(product_)(const mo_gemm_t *g, const int32_t n0) {
-#define TILE(M) NAME(tile_)(M, g, m, n0, g->am, 1, g->br, 1, 1, 1)
+#define TILE(M) NAME(tile_)(M, g, m, n0, g->am, 1, g->br, 1, 1)
   MO_ROWS(TILE)
 #undef TILE
 }
 
 /* a contiguous in the rows, b in the columns */
 MO_NOINLINE void NAME(outer_)(const mo_gemm_t *g, const int32_t n0) {
-#define TILE(M) NAME(tile_)(M, g, m, n0, 1, g->ar, g->br, 1, g->cn, g->runs)
+#define TILE(M) NAME(tile_)(M, g, m, n0, 1, g->ar, g->br, 1, g->cn)
   MO_ROWS(TILE)
 #undef TILE
 }
@@ -71,7 +71,7 @@ MO_NOINLINE void NAME(outer_)(const mo_gemm_t *g, const int32_t n0) {
 #if MO_LANES == 1
 /* a and b contiguous in the sum, c in the columns */
 MO_NOINLINE void NAME(dot_)(const mo_gemm_t *g, const int32_t n0) {
-#define TILE(M) NAME(tile_)(M, g, m, n0, g->am, 1, 1, g->bn, 1, 1)
+#define TILE(M) NAME(tile_)(M, g, m, n0, g->am, 1, 1, g->bn, 1)
   MO_ROWS(TILE)
 #undef TILE
 }
@@ -86,7 +86,7 @@ MO_NOINLINE void NAME(pack_)(float *panel, const float *w, const int32_t stride,
 #if MO_L > 1 && MO_HAS_ZIP
     for (; k + MO_L <= depth; k += MO_L) {
       VEC t[MO_L], z[MO_L];
-      MO_UNROLL for (int i = 0; i < MO_L; i++) memcpy(&t[i], w + i * stride + k, sizeof(VEC));
+      MO_UNROLL for (int i = 0; i < MO_L; i++) t[i] = MO_LOAD(MO_L, w + i * stride + k);
       MO_UNROLL for (int step = 1; step < MO_L; step *= 2) {
         MO_UNROLL for (int i = 0; i < MO_L / 2; i++) {
           z[2 * i] = MO_JOIN(MO_ZIP_LO, MO_L)(t[i], t[i + MO_L / 2]);
@@ -95,7 +95,7 @@ MO_NOINLINE void NAME(pack_)(float *panel, const float *w, const int32_t stride,
         MO_UNROLL for (int i = 0; i < MO_L; i++) t[i] = z[i];
       }
       MO_UNROLL for (int i = 0; i < MO_L; i++)
-        memcpy(panel + (k + i) * MO_V * MO_L, &t[i], sizeof(VEC));
+        MO_STORE(MO_L, panel + (k + i) * MO_V * MO_L, t[i]);
     }
 #endif
     for (; k < depth; k++)

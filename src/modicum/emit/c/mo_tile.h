@@ -4,7 +4,6 @@
 #define MO_TILE_H
 
 #include <stdint.h>
-#include <string.h>
 
 /* MO_LANES: floats per vector, 1, 4, 8 or 16 */
 #ifndef MO_LANES
@@ -35,34 +34,69 @@
 #define MO_NOINLINE static
 #endif
 
-/* Before a loop of constant length whose arrays shall become registers. */
+/* MO_UNROLL stands before a loop of constant length whose arrays shall become registers, MO_LOOP
+   before one around it that shall stay small. */
 #if defined(__clang__)
 #define MO_UNROLL _Pragma("clang loop unroll(full)")
+#define MO_LOOP _Pragma("clang loop unroll(disable)")
 #elif defined(__GNUC__)
-#define MO_UNROLL _Pragma("GCC unroll 16")
+#define MO_UNROLL _Pragma("GCC unroll 32")
+#define MO_LOOP _Pragma("GCC unroll 1")
 #else
 #define MO_UNROLL
+#define MO_LOOP
 #endif
 
 #define MO_JOIN_(a, b) a##b
 #define MO_JOIN(a, b) MO_JOIN_(a, b)
 
-typedef float mo_f1;
+/* mo_fL: a vector of L floats; mo_uL: the same at any address; mo_iL: as integers */
+typedef float mo_f1, mo_u1;
 #if MO_LANES > 1
-typedef float mo_f4 __attribute__((vector_size(16)));
-typedef int32_t mo_i4 __attribute__((vector_size(16)));
+#define MO_VECTOR(L)                                                                   \
+  typedef float mo_f##L __attribute__((vector_size(4 * L)));                           \
+  typedef float mo_u##L __attribute__((vector_size(4 * L), aligned(4), may_alias));    \
+  typedef int32_t mo_i##L __attribute__((vector_size(4 * L)));
+MO_VECTOR(4)
 #endif
 #if MO_LANES > 4
-typedef float mo_f8 __attribute__((vector_size(32)));
-typedef int32_t mo_i8 __attribute__((vector_size(32)));
+MO_VECTOR(8)
 #endif
 #if MO_LANES > 8
-typedef float mo_f16 __attribute__((vector_size(64)));
-typedef int32_t mo_i16 __attribute__((vector_size(64)));
+MO_VECTOR(16)
 #endif
+#define MO_LOAD(L, address) (*(const MO_JOIN(mo_u, L) *)(address))
+#define MO_STORE(L, address, value) (*(MO_JOIN(mo_u, L) *)(address) = (value))
 
 MO_INLINE int32_t mo_min(int32_t a, int32_t b) { return a < b ? a : b; }
 MO_INLINE int32_t mo_max(int32_t a, int32_t b) { return a > b ? a : b; }
+
+typedef struct {
+  int32_t begin, end;
+} mo_range_t;
+
+/* The outputs i in [0, out) whose input i * stride + offset lies in [0, in) */
+MO_INLINE mo_range_t mo_outputs_inside(int32_t offset, int32_t stride, int32_t in, int32_t out) {
+  mo_range_t t;
+  t.begin = offset < 0 ? mo_min((-offset + stride - 1) / stride, out) : 0;
+  t.end = offset < in ? mo_min((in - offset + stride - 1) / stride, out) : 0;
+  t.end = mo_max(t.begin, t.end);
+  return t;
+}
+
+MO_INLINE int32_t mo_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+/* The taps j in [0, taps) for which x + j * tap lies in [0, width) */
+MO_INLINE mo_range_t mo_taps_inside(int32_t x, int32_t tap, int32_t taps, int32_t width) {
+  mo_range_t t;
+  if (tap < 0) { /* seen from the other end of the row */
+    x = width - 1 - x;
+    tap = -tap;
+  }
+  t.begin = x < 0 ? mo_min(mo_ceil_div(-x, tap), taps) : 0;
+  t.end = x < width ? mo_min(mo_ceil_div(width - x, tap), taps) : 0;
+  return t;
+}
 
 /* v = clamp(v, lo, hi) for a vector of L lanes.  A NaN is neither below nor above, and stays. */
 #define MO_CLAMP(L, v, lo, hi) MO_JOIN(mo_clamp, L)(&(v), lo, hi)
@@ -72,12 +106,12 @@ MO_INLINE void mo_clamp1(float *v, float lo, float hi) {
   *v = *v > hi ? hi : *v;
 }
 
-#define MO_DEFINE_CLAMP(L)                                                    \
-  MO_INLINE void mo_clamp##L(mo_f##L *v, float lo, float hi) {                \
-    const mo_f##L low = (mo_f##L){0} + lo, high = (mo_f##L){0} + hi;          \
-    const mo_i##L below = *v < low, above = *v > high;                        \
-    *v = (mo_f##L)((~(below | above) & (mo_i##L)*v) | (below & (mo_i##L)low) | \
-                   (above & (mo_i##L)high));                                  \
+#define MO_DEFINE_CLAMP(L)                                                       \
+  MO_INLINE void mo_clamp##L(mo_f##L *v, float lo, float hi) {                   \
+    const mo_i##L low = (mo_i##L)((mo_f##L){0} + lo), below = *v < (mo_f##L)low; \
+    *v = (mo_f##L)((~below & (mo_i##L)*v) | (below & low));                      \
+    const mo_i##L high = (mo_i##L)((mo_f##L){0} + hi), above = *v > (mo_f##L)high; \
+    *v = (mo_f##L)((~above & (mo_i##L)*v) | (above & high));                     \
   }
 #if MO_LANES > 1
 MO_DEFINE_CLAMP(4)

@@ -17,10 +17,11 @@
             2                    length, blob padded with zeros to 4 bytes, only if status is 0
             3                    nothing
           trailer  'MOND' arena_high_water stack_high_water stack_size data bss net records status
+                   peak_rss
 
    `elapsed` covers the call of mo_net_train or mo_net_predict and about 14 instructions around it:
    on a board executed instructions, on the host microseconds.  `net` is the size of the net's state
-   with the guard behind it, `records` how many were carried out, `status` the exit code.  A sample
+   with the guard behind it, `records` how many were carried out, `status` the exit code, `peak_rss` that of the host's process in KiB.  A sample
    is read straight into the arena, so that no second copy costs RAM. */
 #include "net.h"
 #include "port.h"
@@ -272,9 +273,10 @@ static int write_trailer(uint32_t flags, uint32_t records, int code)
 {
   const port_memory_t memory = port_memory();
   const uint32_t high_water = (flags & JOB_PAINT) != 0u ? arena_high_water() : 0u;
-  const uint32_t trailer[9] = {TRAILER_MAGIC, high_water, memory.stack_high_water,
+  const uint32_t trailer[10] = {TRAILER_MAGIC, high_water, memory.stack_high_water,
                                memory.stack_size, memory.data, memory.bss,
-                               (uint32_t)sizeof guarded, records, (uint32_t)code};
+                               (uint32_t)sizeof guarded, records, (uint32_t)code,
+                                memory.peak_rss};
   const int written = put(trailer, sizeof trailer);
   if (code == PORT_OK && written == PORT_OK) {
     port_print(PORT_OUT, "ok: ");

@@ -54,9 +54,10 @@ uint32_t port_elapsed(uint32_t start);
 
 typedef struct {
   uint32_t stack_high_water, stack_size, data, bss, net;
+  uint32_t peak_rss; /* of the process, in KiB; 0 on a board */
 } port_memory_t;
 
-/* all 0 on the host, where the linker gives no such sizes */
+/* on the host only peak_rss, which Linux tells: the linker gives no sizes */
 port_memory_t port_memory(void);
 
 #endif

@@ -127,5 +127,6 @@ port_memory_t port_memory(void)
   memory.data = bytes_between(__data_start, __data_end);
   memory.bss = bytes_between(__bss_start, __bss_end);
   memory.net = bytes_between(__arena_start, __arena_end);
+  memory.peak_rss = 0;
   return memory;
 }

@@ -4,6 +4,8 @@
 #include "port.h"
 
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 static FILE *files[2];
@@ -48,8 +50,27 @@ uint32_t port_elapsed(uint32_t start)
   return port_ticks() - start;
 }
 
+/* VmHWM is the high-water mark of this program alone; getrusage would count the process that
+   started it as well. */
+static uint32_t peak_rss_kib(void)
+{
+  char line[128];
+  unsigned long kib = 0;
+  FILE *status = fopen("/proc/self/status", "r");
+  while (status != NULL && fgets(line, sizeof line, status) != NULL) {
+    if (strncmp(line, "VmHWM:", 6) == 0) {
+      kib = strtoul(line + 6, NULL, 10);
+    }
+  }
+  if (status != NULL) {
+    (void)fclose(status);
+  }
+  return (uint32_t)kib;
+}
+
 port_memory_t port_memory(void)
 {
-  port_memory_t none = {0, 0, 0, 0, 0};
-  return none;
+  port_memory_t memory = {0, 0, 0, 0, 0, 0};
+  memory.peak_rss = peak_rss_kib();
+  return memory;
 }

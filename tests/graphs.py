@@ -1,0 +1,297 @@
+"""Graphs made by hand or by hypothesis, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from hypothesis import strategies as st
+
+from modicum.graph import Graph, Node, Param, Shape, Value
+from modicum.methods import Explicit
+from modicum.ops import OPS
+from modicum.optim import SGD, Adam
+from modicum.selection import Slice, Update
+
+
+class Builder:
+    """Appends nodes and works out their shapes, as capture does."""
+
+    def __init__(self, *shape: int) -> None:
+        self.values = {"input": Value(name="input", shape=(1, *shape))}
+        self.params: dict[str, Param] = {}
+        self.nodes: list[Node] = []
+
+    def add(
+        self,
+        op: str,
+        *inputs: str,
+        params: dict[str, Shape] | None = None,
+        name: str = "",
+        **attrs: object,
+    ) -> str:
+        name = name or f"{op}{len(self.nodes)}"
+        roles = {role: f"{name}.{role}" for role in params or {}}
+        for role, shape in (params or {}).items():
+            trainable = role in ("weight", "bias")
+            self.params[roles[role]] = Param(name=roles[role], shape=shape, trainable=trainable)
+        node = Node(name=name, op=op, inputs=inputs, params=roles, attrs=attrs, module=name)
+        shape = OPS[op].shape(node, [self.values[x].shape for x in inputs], self.params)
+        if min(shape) < 1:
+            raise ValueError(f"{op} has no output")
+        self.nodes.append(node)
+        self.values[name] = Value(name=name, shape=shape)
+        return name
+
+    def shape(self, name: str) -> Shape:
+        return self.values[name].shape
+
+    def conv(self, x: str, out: int, kernel: int = 3, groups: int = 1, **more: object) -> str:
+        """A convolution of stride 1 with zeros all around it, unless `more` says otherwise."""
+        bias, name = more.pop("bias", True), str(more.pop("name", ""))
+        attrs = {"stride": (1, 1), "padding": (kernel // 2,) * 4, "dilation": (1, 1), **more}
+        weight = (out, self.shape(x)[1] // groups, kernel, kernel)
+        params = {"weight": weight, **({"bias": (out,)} if bias else {})}
+        return self.add("conv2d", x, params=params, name=name, groups=groups, **attrs)
+
+    def linear(self, x: str, out: int, bias: bool = True, name: str = "") -> str:
+        params = {"weight": (out, self.shape(x)[-1]), **({"bias": (out,)} if bias else {})}
+        return self.add("linear", x, params=params, name=name)
+
+    def norm(self, x: str, affine: bool = True, name: str = "") -> str:
+        roles = ("weight", "bias", "mean", "var") if affine else ("mean", "var")
+        params = {role: (self.shape(x)[1],) for role in roles}
+        return self.add("batch_norm", x, params=params, name=name, eps=1e-5)
+
+    def relu(self, x: str, lo: float | None = 0.0, hi: float | None = None, name: str = "") -> str:
+        return self.add("clamp", x, name=name, lo=lo, hi=hi)
+
+    def flatten(self, x: str, name: str = "") -> str:
+        size = self.values[x].size
+        return self.add("reshape", x, name=name, shape=(1, size))
+
+    def graph(self, output: str) -> Graph:
+        """Without what the output does not need."""
+        needed, nodes = {output, "input"}, []
+        for node in reversed(self.nodes):
+            if node.name in needed:
+                needed.update(node.inputs)
+                nodes.insert(0, node)
+        used = {p for n in nodes for p in n.params.values()}
+        return Graph(
+            input="input",
+            output=output,
+            values={k: v for k, v in self.values.items() if k in needed},
+            params={k: v for k, v in self.params.items() if k in used},
+            nodes=tuple(nodes),
+        )
+
+
+def small_cnn(classes: int = 4) -> Graph:
+    """conv - norm - relu - depthwise - relu6 - pointwise + skip - pool - linear."""
+    b = Builder(3, 8, 8)
+    x = b.relu(b.norm(b.conv("input", 8, name="stem", bias=False), name="norm"), name="act")
+    y = b.relu(b.conv(x, 8, groups=8, name="depthwise"), hi=6.0, name="act6")
+    y = b.conv(y, 8, kernel=1, name="pointwise")
+    y = b.add("add", x, y, name="skip")
+    y = b.add("adaptive_avg_pool2d", y, name="pool", size=(1, 1))
+    return b.graph(b.linear(b.flatten(y, name="flat"), classes, name="head"))
+
+
+# ---- generated graphs ------------------------------------------------------------------------
+
+small = st.integers(1, 3)
+
+
+@st.composite
+def graphs(draw: st.DrawFn, most: int = 8) -> Graph:
+    """A connected graph of up to `most` operators and a linear head of rank 2."""
+    kind = draw(st.sampled_from(["image", "image", "image", "rows", "vector"]))
+    shape = {
+        "image": st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)),
+        "rows": st.tuples(st.integers(1, 4), st.integers(1, 6)),
+        "vector": st.tuples(st.integers(1, 9)),
+    }[kind]
+    b = Builder(*draw(shape))
+    last = "input"
+    for _ in range(draw(st.integers(1, most))):
+        choices = IMAGE if len(b.shape(last)) == 4 else FLAT
+        grow = draw(st.sampled_from(choices))
+        # mostly go on from the last value, at times from an earlier one
+        names = list(b.values)
+        source = last if draw(st.integers(0, 3)) else draw(st.sampled_from(names))
+        if (len(b.shape(source)) == 4) != (choices is IMAGE):
+            source = last
+        try:
+            last = grow(draw, b, source)
+        except ValueError:
+            continue
+        if b.values[last].size > 600:
+            last = (
+                b.flatten(b.add("adaptive_avg_pool2d", last, size=(1, 1)))
+                if (len(b.shape(last)) == 4)
+                else last
+            )
+    if len(b.shape(last)) != 2:
+        last = b.flatten(last)
+    return b.graph(b.linear(last, draw(st.integers(2, 5)), name="head"))
+
+
+Grow = Callable[[st.DrawFn, Builder, str], str]
+
+
+def _conv(draw: st.DrawFn, b: Builder, x: str) -> str:
+    _, c, h, w = b.shape(x)
+    groups = draw(st.sampled_from([g for g in range(1, c + 1) if c % g == 0]))
+    out = groups * draw(st.integers(1, max(1, 9 // groups)))
+    kh, kw = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    params = {"weight": (out, c // groups, kh, kw)}
+    if draw(st.booleans()):
+        params["bias"] = (out,)
+    return b.add(
+        "conv2d",
+        x,
+        params=params,
+        stride=(draw(small), draw(small)),
+        padding=tuple(draw(st.integers(0, 2)) for _ in range(4)),
+        dilation=(draw(st.integers(1, 2)), draw(st.integers(1, 2))),
+        groups=groups,
+    )
+
+
+def _pointwise(draw: st.DrawFn, b: Builder, x: str) -> str:
+    return b.conv(x, draw(st.integers(1, 10)), kernel=1, bias=draw(st.booleans()))
+
+
+def _norm(draw: st.DrawFn, b: Builder, x: str) -> str:
+    if len(b.shape(x)) == 3:
+        raise ValueError("capture refuses it")
+    return b.norm(x, affine=draw(st.booleans()))
+
+
+def _clamp(draw: st.DrawFn, b: Builder, x: str) -> str:
+    lo, hi = draw(st.sampled_from([(0.0, None), (0.0, 6.0), (-1.0, 1.0), (0.0, 0.5)]))
+    return b.relu(x, lo, hi)
+
+
+def _window(draw: st.DrawFn) -> dict[str, object]:
+    kernel = (draw(small), draw(small))
+    return {
+        "kernel": kernel,
+        "stride": (draw(small), draw(small)),
+        "pad": tuple(draw(st.integers(0, k // 2)) for k in kernel),
+        "ceil": draw(st.booleans()),
+    }
+
+
+def _max_pool(draw: st.DrawFn, b: Builder, x: str) -> str:
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    return b.add("max_pool2d", x, **_window(draw), dilation=dilation)
+
+
+def _avg_pool(draw: st.DrawFn, b: Builder, x: str) -> str:
+    divisor = draw(st.sampled_from([0, 0, 3]))
+    return b.add("avg_pool2d", x, **_window(draw), include_pad=draw(st.booleans()), divisor=divisor)
+
+
+def _adaptive(draw: st.DrawFn, b: Builder, x: str) -> str:
+    return b.add("adaptive_avg_pool2d", x, size=(draw(small), draw(small)))
+
+
+def _add(draw: st.DrawFn, b: Builder, x: str) -> str:
+    same = [n for n, v in b.values.items() if v.shape == b.shape(x)]
+    return b.add("add", x, draw(st.sampled_from(same)))
+
+
+def _concat(draw: st.DrawFn, b: Builder, x: str) -> str:
+    shape = b.shape(x)
+    dim = draw(st.integers(1, len(shape) - 1))
+    fits = [
+        n
+        for n, v in b.values.items()
+        if len(v.shape) == len(shape)
+        and all(v.shape[d] == shape[d] for d in range(len(shape)) if d != dim)
+    ]
+    return b.add(
+        "concat", x, *draw(st.lists(st.sampled_from(fits), min_size=1, max_size=2)), dim=dim
+    )
+
+
+def _reshape(draw: st.DrawFn, b: Builder, x: str) -> str:
+    n = b.values[x].size
+    shapes = [(1, n)]
+    for c in (2, 3, 4):
+        if n % c == 0:
+            shapes += [(1, c, n // c), (1, n // c, c)]
+            shapes += [(1, c, n // c, 1)] if len(b.shape(x)) != 4 else []
+    return b.add("reshape", x, shape=draw(st.sampled_from(shapes)))
+
+
+def _linear(draw: st.DrawFn, b: Builder, x: str) -> str:
+    return b.linear(x, draw(st.integers(1, 9)), bias=draw(st.booleans()))
+
+
+IMAGE: list[Grow] = [
+    _conv, _conv, _pointwise, _norm, _clamp, _clamp, _max_pool, _avg_pool, _adaptive, _add, _concat,
+    _reshape,
+]  # fmt: skip
+FLAT: list[Grow] = [_linear, _linear, _norm, _clamp, _add, _concat, _reshape]
+
+
+@st.composite
+def selections(draw: st.DrawFn, graph: Graph, slices: bool = True) -> tuple[Update, ...]:
+    """Some of the trainable parameters, some of them in slices."""
+    names = graph.trainable()
+    chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=5, unique=True))
+    if not draw(st.integers(0, 3)):
+        chosen = names
+    updates = []
+    for name in names:
+        if name in chosen:
+            part = draw(_slices(graph, name)) if slices else Slice()
+            updates.append(Update(param=name, slice=part))
+    return tuple(updates)
+
+
+def _slices(graph: Graph, name: str) -> st.SearchStrategy[Slice]:
+    shape = graph.params[name].shape
+    ((node, _),) = graph.users_of(name)
+    inp = st.none()
+    if len(shape) > 1 and node.attrs.get("groups", 1) == 1:
+        inp = _channels(shape[1])
+    return st.builds(Slice, out=_channels(shape[0]), inp=inp)
+
+
+def _channels(n: int) -> st.SearchStrategy[tuple[int, ...] | None]:
+    some = st.sets(st.integers(0, n - 1), min_size=1).map(lambda s: tuple(sorted(s)))
+    return st.none() | some
+
+
+optimizers = st.sampled_from(
+    [
+        SGD(lr=0.05),
+        SGD(lr=0.05, weight_decay=0.01),
+        SGD(lr=0.05, momentum=0.9, weight_decay=0.01),
+        Adam(lr=0.01),
+        Adam(lr=0.01, betas=(0.8, 0.95), weight_decay=0.01),
+    ]
+)
+
+
+@st.composite
+def jobs(draw: st.DrawFn, most: int = 8) -> dict[str, object]:
+    """The arguments of `lower`."""
+    graph = draw(graphs(most))
+    return {
+        "graph": graph,
+        "selection": draw(selections(graph)),
+        "optimizer": draw(optimizers),
+        "loss": draw(st.sampled_from(["cross_entropy", "mse"])),
+        "accumulate": draw(st.sampled_from([1, 1, 3])),
+    }
+
+
+def explicit(updates: Iterable[Update]) -> Explicit:
+    """The method that selects exactly these."""
+    return Explicit(
+        params={u.param: {"out": u.slice.out, "inp": u.slice.inp} for u in updates}  # type: ignore[dict-item]
+    )
