@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from modicum.apply import Tuned, apply
+from modicum.data import Data, check_data
 from modicum.errors import InvalidInput
 from modicum.optim import SGD, Adam
 from modicum.plan import Plan
 from modicum.trace import Trace
-
-Data = tuple[Any, Any]
 
 
 def adapt(
@@ -42,14 +41,14 @@ def adapt(
     `record` the trace holds every trained slice after every step.  ``trace.state`` holds what
     was learned.  Raises InvalidInput for data that does not fit the plan or is not finite.
     """
-    x, y = check_data(plan, data)
+    x, y = _tensors(plan, data)
+    checked = None if test is None else _tensors(plan, test)
     tuned = apply(model, plan)
     x, y = x.to(_device(tuned)), y.to(_device(tuned))
     trace = Trace(where="torch", plan_hash=plan.hash, seed=seed)
-    if test is not None:
-        test = check_data(plan, test)
-        trace.logits_before = predict(tuned, test[0])
-        trace.accuracy_before = accuracy(plan, trace.logits_before, test[1])
+    if checked is not None:
+        trace.logits_before = predict(tuned, checked[0])
+        trace.accuracy_before = accuracy(plan, trace.logits_before, checked[1])
     rng = np.random.default_rng(seed)
     trace.order = [int(i) for _ in range(epochs) for i in rng.permutation(len(x))]
     recorded: dict[str, list[Any]] = {name: [] for name in tuned.trained}
@@ -66,9 +65,9 @@ def adapt(
     trace.figures["seconds"] = time.perf_counter() - start
     if record:
         trace.tensors = {name: np.stack(values) for name, values in recorded.items() if values}
-    if test is not None:
-        trace.logits_after = predict(tuned, test[0])
-        trace.accuracy_after = accuracy(plan, trace.logits_after, test[1])
+    if checked is not None:
+        trace.logits_after = predict(tuned, checked[0])
+        trace.accuracy_after = accuracy(plan, trace.logits_after, checked[1])
     trace.state = {name: t.cpu().numpy() for name, t in tuned.learned().items()}
     return trace
 
@@ -131,37 +130,9 @@ def accuracy(plan: Plan, logits: Any, y: Any) -> float | None:
     return float((np.asarray(logits).argmax(1) == np.asarray(y)).mean())
 
 
-def check_data(plan: Plan, data: Data) -> tuple[Tensor, Tensor]:
-    """Inputs and labels as tensors; raises InvalidInput for what a plan cannot train on."""
-    x = torch.as_tensor(np.asarray(data[0]), dtype=torch.float32)
-    graph = plan.graph
-    wanted = graph.shape(graph.input)[1:]
-    outputs = graph.values[graph.output].size
-    if tuple(x.shape[1:]) != wanted or not len(x):
-        raise InvalidInput(
-            f"the inputs have shape {tuple(x.shape)}", why=f"the plan needs (n, {_list(wanted)})"
-        )
-    if len(x) != len(data[1]):
-        raise InvalidInput(f"{len(x)} inputs but {len(data[1])} labels")
-    bad = [i for i in range(len(x)) if not bool(torch.isfinite(x[i]).all())]
-    if bad:
-        raise InvalidInput(f"input {bad[0]} has values that are not finite ({len(bad)} inputs do)")
-    if plan.loss == "mse":
-        y = torch.as_tensor(np.asarray(data[1]), dtype=torch.float32)
-        if y.numel() != len(x) * outputs or not bool(torch.isfinite(y).all()):
-            raise InvalidInput(f"targets must be finite and of shape (n, {outputs})")
-        return x, y.reshape(len(x), outputs)
-    y = torch.as_tensor(np.asarray(data[1])).long()
-    if y.dim() != 1 or int(y.min()) < 0 or int(y.max()) >= outputs:
-        raise InvalidInput(
-            f"labels must be whole numbers from 0 to {outputs - 1}",
-            why=f"they range from {int(y.min())} to {int(y.max())}" if y.numel() else None,
-        )
-    return x, y
-
-
-def _list(shape: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shape))
+def _tensors(plan: Plan, data: Data) -> tuple[Tensor, Tensor]:
+    x, y = check_data(plan, data)
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def _device(module: nn.Module) -> torch.device:

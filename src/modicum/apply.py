@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from modicum.capture import state_of
+from modicum.capture import check_model, state_of
 from modicum.graph import Node
 from modicum.ops import OPS
 from modicum.ops.base import Kept, Wanted
@@ -28,7 +28,7 @@ def apply(model: nn.Module, plan: Plan) -> Tuned:
     GPU.  `write_to(model)` puts what was learned back.  Raises InvalidInput when the plan was
     made for another model.
     """
-    plan.check_model(model)
+    check_model(plan.graph, model)
     return Tuned(model, plan)
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import UnsupportedOperator, UsageError
+from modicum.errors import InvalidInput, UnsupportedOperator, UsageError
 from modicum.graph import Graph, Node, Param, Shape, Value
 from modicum.ops import OPS
 
@@ -29,6 +29,22 @@ def capture(model: nn.Module, example: torch.Tensor) -> Graph:
     """
     exported = _export(model, example[:1])
     return _Reader(exported).graph()
+
+
+def check_model(graph: Graph, model: nn.Module) -> None:
+    """Raise InvalidInput unless `model` is the one that `graph` was captured from."""
+    import torch
+
+    state = {name: tuple(value.shape) for name, value in state_of(model).items()}
+    graph.check_params(state, "the model")
+    device = next(model.parameters()).device
+    example = torch.zeros(graph.shape(graph.input), device=device)
+    if capture(model, example).hash != graph.hash:
+        raise InvalidInput(
+            "the plan was made for another model",
+            why="the captured graphs differ although the parameters have the same shapes",
+            hint="make the plan again for this model",
+        )
 
 
 def _export(model: nn.Module, example: torch.Tensor) -> Any:

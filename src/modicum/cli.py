@@ -351,11 +351,15 @@ def _plan(path: Path) -> Any:
 
 
 def _load_model(spec: str, weights: Path | None, shape: str) -> tuple[nn.Module, torch.Tensor]:
-    """A network and an example input, from a name or path/to/file.py:factory."""
+    """A network and an example input, from a name or path/to/file.py:factory.
+
+    Initial weights are drawn from seed 0, so that every command sees the same network.
+    """
     import torch
 
     from modicum.models import MODELS
 
+    torch.manual_seed(0)
     file, colon, factory = spec.rpartition(":")
     if colon:
         net = _factory(Path(file), factory)

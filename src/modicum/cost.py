@@ -70,10 +70,10 @@ def cost(program: Program, placement: Placement, board: Board | None) -> Cost:
     for buffer in program.buffers.values():
         if buffer.kind in by_kind:
             by_kind[buffer.kind] += buffer.bytes
-    mcu = board is not None and board.kind == "mcu"
+    linux = board is not None and board.kind == "linux"
     outputs = program.graph.values[program.graph.output].bytes
     static = MCU_STATIC + outputs
-    stack = MCU_STACK if mcu else LINUX_STACK
+    stack = LINUX_STACK if linux else MCU_STACK
     weights, code = flash(program)
     trained = sum(t.size for t in program.trained)
     return Cost(

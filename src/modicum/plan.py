@@ -131,23 +131,6 @@ class Plan(Frozen):
         if cost(program, placement, self.board) != self.cost:
             raise InvalidInput("the plan's cost is not that of its program", hint="make it again")
 
-    def check_model(self, model: Any) -> None:
-        """Raise InvalidInput unless `model` (an nn.Module) is the one that was captured."""
-        import torch
-
-        from modicum.capture import capture, state_of
-
-        state = {k: tuple(v.shape) for k, v in state_of(model).items()}
-        self.graph.check_params(state, "the model")
-        device = next(model.parameters()).device
-        example = torch.zeros(self.graph.shape(self.graph.input), device=device)
-        if capture(model, example).hash != self.graph.hash:
-            raise InvalidInput(
-                "the plan was made for another model",
-                why="the captured graphs differ although the parameters have the same shapes",
-                hint="make the plan again for this model",
-            )
-
     def __str__(self) -> str:
         return render(self)
 

@@ -202,16 +202,14 @@ def run_rows(r: Report) -> list[Row]:
         return name, [cell(t) or "-" for t in r.traces]
 
     def figure(name: str, key: str, form: Callable[[float], str]) -> Row:
-        return row(name, lambda t: form(t.figures[key]) if key in t.figures else None)
+        def cell(t: Trace) -> str | None:
+            value = _figure(t, key)
+            return None if value is None else form(value)
+
+        return row(name, cell)
 
     def measured(name: str, key: str, planned: int) -> Row:
         return figure(name, key, lambda n: f"{kib(n)} of {kib(planned)}")
-
-    def on_board(name: str, key: str) -> Row:
-        """Not on a host: its program has more in it than the net."""
-        return row(
-            name, lambda t: kib(t.figures[key]) if _emulated(t) and key in t.figures else None
-        )
 
     c = r.plan.cost
     rows = [
@@ -221,11 +219,11 @@ def run_rows(r: Report) -> list[Row]:
         row("loss, first -> last tenth", _tenths),
         row("accuracy, before -> after", _accuracy),
         measured("arena, high water of planned", "arena_high_water", c.arena),
-        on_board(".data + .bss beside the arena", "static"),
+        figure(".data + .bss beside the arena", "static", kib),
         measured("stack, high water of planned", "stack_high_water", c.stack),
         measured("RAM, measured of planned", "ram", c.ram),
-        on_board("flash, code (.text)", "text"),
-        on_board("flash, weights", "weights"),
+        row("flash, code (.text)", lambda t: _section(t, "text")),
+        row("flash, weights", lambda t: _section(t, "weights")),
         figure("executed instructions per training step", "instructions_train", _whole),
         figure("executed instructions per inference", "instructions_predict", _whole),
         figure("time per training step, C on this host", "microseconds_train", _micro),
@@ -234,6 +232,17 @@ def run_rows(r: Report) -> list[Row]:
         figure("peak memory of the whole process", "peak_rss", size),
     ]
     return [(name, cells) for name, cells in rows if any(cell != "-" for cell in cells)]
+
+
+def _figure(t: Trace, key: str) -> float | None:
+    value = t.figures.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _section(t: Trace, key: str) -> str | None:
+    """Not of a host: its program has more in it than the net."""
+    value = _figure(t, key)
+    return kib(value) if value is not None and _emulated(t) else None
 
 
 def _emulated(t: Trace) -> bool:
@@ -431,7 +440,7 @@ def _limit(n: int, limit: int | None) -> str:
 
 
 def _phase(phase: str) -> str:
-    return {"save": "saving", "loss": "loss"}.get(phase, phase)
+    return "saving" if phase == "save" else phase
 
 
 def _buffer_rows(p: Plan, most: int = 12) -> list[tuple[str, str, str, str, str]]:
@@ -546,7 +555,7 @@ def _tiles(r: Report) -> list[tuple[str, str, str]]:
     """The figures that a reader looks for first: label, figure, words."""
     p, c = r.plan, r.plan.cost
     total = sum(p.graph.params[n].size for n in p.graph.trainable())
-    ram = [t.figures["ram"] for t in r.traces if "ram" in t.figures]
+    ram = [n for n in (_figure(t, "ram") for t in r.traces) if n is not None]
     tiles = [
         (
             "RAM, planned",
@@ -634,6 +643,7 @@ class Picture:
     caption: str
 
 
+Bars = list[tuple[str, list[float]]]
 Drawn = tuple[Any, str, str]  # figure, alternative text, caption
 
 
@@ -725,11 +735,11 @@ def _beside(ax: Any, text: str, y: float, colour: str = "ink") -> None:
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Places for labels near `values`, at least `gap` from each other, in the same order."""
-    order = sorted(range(len(values)), key=values.__getitem__)
+    """Places for labels at `values` or below, at least `gap` from each other, in the same order."""
+    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
     places = list(values)
-    for below, above in itertools.pairwise(order):
-        places[above] = max(places[above], places[below] + gap)
+    for above, below in itertools.pairwise(order):
+        places[below] = min(places[below], places[above] - gap)
     return places
 
 
@@ -738,17 +748,18 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
 
 def _budget(r: Report, m: Memory) -> Drawn:
     p, c = r.plan, r.plan.cost
-    ram = [("planned", [m.persistent, m.dynamic, c.static, c.stack])]
-    flash = [("planned", [c.flash_weights, c.flash_code])]
+    ram: Bars = [("planned", [m.persistent, m.dynamic, c.static, c.stack])]
+    flash: Bars = [("planned", [c.flash_weights, c.flash_code])]
     for name, t in zip(r.names, r.traces, strict=True):
-        f, label = t.figures, _short(name, 16)
-        if {"static", "stack_high_water", "arena_high_water"} <= set(f):
-            dynamic = int(f["arena_high_water"]) - m.persistent
-            ram.append(
-                (label, [m.persistent, dynamic, int(f["static"]), int(f["stack_high_water"])])
-            )
-        if {"text", "weights"} <= set(f):
-            flash.append((label, [int(f["weights"]), int(f["text"] + f.get("data", 0))]))
+        label = _short(name, 16)
+        high, static, stack, text, weights = (
+            _figure(t, key)
+            for key in ("arena_high_water", "static", "stack_high_water", "text", "weights")
+        )
+        if high is not None and static is not None and stack is not None:
+            ram.append((label, [m.persistent, high - m.persistent, static, stack]))
+        if text is not None and weights is not None:
+            flash.append((label, [weights, text + (_figure(t, "data") or 0)]))
     heights = [0.3 * len(ram), 0.3 * len(flash)]
     figure = _canvas(sum(heights) + 1.75)
     words = ("arena, persistent", "arena, dynamic", ".data + .bss", "stack")
@@ -771,7 +782,7 @@ def _budget(r: Report, m: Memory) -> Drawn:
 def _stacked(
     ax: Any,
     what: str,
-    bars: list[tuple[str, list[int]]],
+    bars: Bars,
     words: Sequence[str],
     colours: Sequence[str],
     limit: int | None,
@@ -855,13 +866,10 @@ def _memory(p: Plan, m: Memory) -> Drawn:
     caption = (
         f"Planned. Live bytes by kind over the {steps} steps of one training sample; ▾ marks the "
         f"peak, {kib(int(m.total[peak]))} at {where}. An activation that the backward pass needs "
-        "counts as saved from where it is made. "
-        + (
-            ""
-            if room is None
-            else "Room for the arena is the RAM limit less .data, .bss and stack."
-        )
+        "counts as saved from where it is made."
     )
+    if room is not None:
+        caption += " Room for the arena is the RAM limit less .data, .bss and stack."
     return figure, alt, caption
 
 
@@ -871,15 +879,15 @@ def _phases(ax: Any, program: Program) -> None:
     at = [i for i, step in enumerate(program.steps) if step.phase == "loss"]
     ax.axvline(at[0], color=_ink("ink"), linewidth=0.7)
     ax.axvspan(at[0], at[-1] + 1, color=_ink("ink"), alpha=0.15, linewidth=0)
-    head = ax.get_xaxis_transform()
-    middle, share = (at[0] + at[-1] + 1) / 2, (steps - at[-1] - 1) / steps
-    ax.text(0, 1.025, "forward", transform=head, ha="left", color=_ink("soft"))
-    if share > 0.25 and at[0] > 0.12 * steps:
-        ax.text(middle, 1.025, "loss", transform=head, ha="center", color=_ink("soft"))
-        ax.text(steps, 1.025, "backward and update", transform=head, ha="right", color=_ink("soft"))
-    else:
-        text = "loss, then backward and update ▸"
-        ax.text(at[0], 1.025, text, transform=head, ha="right", color=_ink("soft"))
+    backward = steps - at[-1] - 1
+    labels = [(0.0, "left", "forward"), (at[0], "right", "loss, then backward and update ▸")]
+    if at[0] < 0.12 * steps:
+        labels = [(at[0], "left", "loss"), (steps, "right", "backward and update")]
+    elif backward > 0.25 * steps:
+        middle = (at[0] + at[-1] + 1) / 2
+        labels = [labels[0], (middle, "center", "loss"), (steps, "right", "backward and update")]
+    for x, side, text in labels:
+        ax.text(x, 1.025, text, transform=ax.get_xaxis_transform(), ha=side, color=_ink("soft"))
 
 
 # ---- picture: which layers are updated ----

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from modicum.data import Data, check_data
 from modicum.errors import InvalidInput, ModicumError, ToolMissing, UsageError
 from modicum.job import PAINT, PARAMETERS, PREDICT, TRAIN, Job, Result, decode
 from modicum.plan import Plan
 from modicum.state import from_c, image_to_c
 from modicum.trace import Trace
-
-Data = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,11 @@ def run(
     if train is None:
         vectors = np.load(folder / "vectors.npz")
         train = (vectors["x"], vectors["y"])
+    train = check_data(plan, train)
+    test = None if test is None else check_data(plan, test)
     order = list(range(len(train[0]))) if order is None else order
+    if any(not 0 <= i < len(train[0]) for i in order):
+        raise InvalidInput(f"the order names samples beyond the {len(train[0])} that there are")
     job = _job(plan, train, order, test, record)
     program = build(folder, machine.target if machine else "host", parity)
     result = _execute(program, machine, job, timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from graphs import Builder, graphs, small_cnn
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modicum import memory
 from modicum.errors import InvalidInput, UsageError
@@ -19,7 +21,7 @@ from modicum.methods import Bias, Explicit, Full, Last
 from modicum.optim import SGD, Adam
 from modicum.plan import Plan
 from modicum.plan import plan as make
-from modicum.report import PALETTE, Report, memory_of, picture_layers, report
+from modicum.report import PALETTE, Report, _apart, memory_of, picture_layers, report
 from modicum.trace import Trace
 
 EVIL = "</svg><script>alert('x')</script> & $x^2_$ \x1b[31m\x00 漢字"
@@ -225,6 +227,7 @@ def test_odd_traces_make_a_page(plan):
         Trace("same", plan.hash, losses=[0.0, 0.0]),
         Trace("nan", plan.hash, losses=[float("nan"), float("inf")]),
         Trace("x" * 300, plan.hash, losses=[1e30, 1e-30], figures={"peak_rss": 1e7}),
+        Trace("m4f", plan.hash, figures=dict.fromkeys([*BOARD_FIGURES, "seconds"], float("inf"))),
     ]
     assert "<svg" in report(plan, *odd).html()
 
@@ -356,3 +359,14 @@ def test_importing_the_report_loads_neither_torch_nor_what_draws():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=4))
+def test_labels_beside_a_picture_stay_apart_and_in_order(values):
+    places = _apart(values, 10.0)
+    assert all(place <= value for place, value in zip(places, values, strict=True))
+    downwards = sorted(places, reverse=True)
+    assert all(a - b >= 10 - 1e-9 for a, b in itertools.pairwise(downwards))
+    for a, b in itertools.combinations(range(len(values)), 2):
+        if values[a] != values[b]:
+            assert (values[a] > values[b]) == (places[a] > places[b])

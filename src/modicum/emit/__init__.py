@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modicum.data import check_data
 from modicum.emit.schedule import Source, render
 from modicum.errors import InvalidInput, UsageError
 from modicum.plan import Plan
@@ -68,9 +69,9 @@ def emit(
 def _sources(
     model: nn.Module, plan: Plan, name: str, data: tuple[Any, Any] | None
 ) -> dict[str, str]:
-    from modicum.capture import state_of
+    from modicum.capture import check_model, state_of
 
-    plan.check_model(model)
+    check_model(plan.graph, model)
     source = Source(plan, name, materialise(plan.program.graph, state_of(model)))
     source.schedule()  # collects the constants and tables that the text below declares
     schedule = source.schedule()
@@ -119,10 +120,7 @@ def _check_samples(plan: Plan, data: tuple[Any, Any] | None) -> tuple[Any, Any]:
     graph = plan.graph
     n = max(VECTORS, plan.accumulate)
     if data is not None:
-        from modicum.adapt import check_data
-
-        x, y = check_data(plan, (data[0][:n], data[1][:n]))
-        return x.numpy(), y.numpy()
+        return check_data(plan, (data[0][:n], data[1][:n]))
     rng = np.random.default_rng(0)
     shape = graph.shape(graph.input)[1:]
     x = rng.standard_normal((n, *shape)).astype(np.float32)

@@ -76,7 +76,7 @@ class Source:
         loss = "\n".join(self._loss(s) for s in steps if s.phase == "loss")
         backward = self._steps(s for s in steps if s.phase in ("backward", "update"))
         moments = ", ".join(f"{{{first}u, {n}u}}" for first, n in self._second_moments())
-        adam = isinstance(plan.optimizer, Adam)
+        adam = plan.optimizer if isinstance(plan.optimizer, Adam) else None
         return render(
             "net.c.j2",
             net=self.name,
@@ -89,7 +89,7 @@ class Source:
             runs=f"second_moments, {len(self.program.trained)}" if adam else "NULL, 0",
             lr=_float(plan.optimizer.lr),
             initial_values=self._initial_values(),
-            betas=[_float(1.0 - b) for b in plan.optimizer.betas] if adam else None,
+            betas=[_float(1.0 - b) for b in adam.betas] if adam else None,
             input=self._float(self.program.input_buffer),
             output=self._float(self.program.output_buffer),
             forward=forward,

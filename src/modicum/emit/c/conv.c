@@ -16,7 +16,7 @@
 
 typedef enum { MO_FROM_ZERO, MO_FROM_BIAS, MO_FROM_C } mo_start_t;
 
-/* c[m][n] = start + sum over run < runs, r < depth of a[run][m][r] b[run][r][n].
+/* c[m][n] = start + sum over run < runs, r < depth of a[run][m][r] b[run][r][n]; depth may be 0.
    cm is the distance from c[m] to c[m + 1], and so on; a stride that a product fixes is unused. */
 typedef struct {
   float *c;
@@ -171,9 +171,9 @@ static void forward_row(mo_gemm_t *p, const part_t *part, float *y, const float 
     end = ox == whole.begin ? mo_max(whole.end, ox + 1) : ox + 1;
     p->c = y + (oy * g->out_w + ox) * g->out_c;
     p->m = end - ox;
-    p->runs = k0 < k1 ? rows.end - rows.begin : 0;
-    if (p->runs > 0) {
-      p->depth = k1 - k0;
+    p->depth = rows.begin < rows.end ? mo_max(k1 - k0, 0) : 0;
+    if (p->depth > 0) {
+      p->runs = rows.end - rows.begin;
       p->a = x + ((iy + rows.begin * g->dil_h) * g->in_w + ix) * g->in_c + k0;
       p->b = w + rows.begin * p->b_run + (k0 - part->k0) * p->br;
     } else if (p->start == MO_FROM_C && !p->clamp) {
@@ -195,7 +195,7 @@ void mo_conv2d_forward(float *y, const float *x, const float *w, const float *b,
   const int whole_rows = g.groups == 1 && g.dil_w == 1;
   const int32_t rows = whole_rows ? mo_max(1, MO_DEPTH / w_row) : 1;
   const int clamped = lo > MO_NO_LO || hi < MO_NO_HI;
-  part_t part;
+  part_t part = {0};
   mo_gemm_t p = {0};
   part.taps = whole_rows ? g.k_w : 1;
   p.cm = g.out_c;
@@ -274,12 +274,28 @@ static int32_t operations(int32_t n) {
   return n / MO_LANES + (n % MO_LANES) / 4 + n % 4;
 }
 
+/* One pixel: dw[o][k] = dy[o] x[k], which is all moving of memory */
+static void outer_product(float *dw, const float *dy, const float *x, int32_t rows, int32_t columns,
+                          int accumulate) {
+  for (int32_t o = 0; o < rows; o++, dw += columns) {
+    const float d = dy[o];
+    if (accumulate)
+      MO_LOOP for (int32_t k = 0; k < columns; k++) dw[k] += d * x[k];
+    else
+      MO_LOOP for (int32_t k = 0; k < columns; k++) dw[k] = 0.0f + d * x[k];
+  }
+}
+
 void mo_conv2d_dw(float *dw, const float *dy, const float *x, const mo_conv_t *geometry,
                   int32_t row0, int32_t row1, int accumulate) {
   const mo_conv_t g = flattened(geometry);
   const int32_t channels = g.in_c / g.groups, out_channels = g.out_c / g.groups;
   const int32_t taps = g.k_h * g.k_w, pixels = g.out_h * g.out_w;
   mo_gemm_t p = {0};
+  if (g.groups == 1 && pixels == 1 && taps == 1) {
+    outer_product(dw, dy + row0, x, row1 - row0, channels, accumulate);
+    return;
+  }
   p.start = accumulate ? MO_FROM_C : MO_FROM_ZERO;
   for (int32_t o = row0, rows; o < row1; o += rows) {
     const int32_t group = o / out_channels;
@@ -295,8 +311,8 @@ void mo_conv2d_dw(float *dw, const float *dy, const float *x, const mo_conv_t *g
       const mo_range_t seen_w = mo_outputs_inside(offset_w, g.stride_w, g.in_w, g.out_w);
       const float *dy0 = dy + o, *x0 = x + group * channels;
       p.runs = seen_h.end - seen_h.begin;
-      p.depth = seen_w.end - seen_w.begin;
-      if (p.runs > 0 && p.depth > 0) {
+      p.depth = p.runs > 0 ? seen_w.end - seen_w.begin : 0;
+      if (p.depth > 0) {
         dy0 += (seen_h.begin * g.out_w + seen_w.begin) * g.out_c;
         x0 += ((seen_h.begin * g.stride_h + offset_h) * g.in_w +
                seen_w.begin * g.stride_w + offset_w) * g.in_c;

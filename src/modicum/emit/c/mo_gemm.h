@@ -28,7 +28,7 @@ MO_INLINE void NAME(tile_)(const int M, const mo_gemm_t *g, const int32_t m0, co
                            const int32_t cn) {
   VEC sum[MO_TILE_ROWS][MO_V];
   float *c = g->c + m0 * g->cm + n0 * cn;
-  const int32_t cm = g->cm, runs = g->runs, depth = g->depth;
+  const int32_t cm = g->cm, depth = g->depth;
   const float *a = g->a + m0 * am, *b = g->b + n0 * bn;
   if (g->start == MO_FROM_C) {
     MO_UNROLL for (int m = 0; m < M; m++) NAME(load_)(sum[m], c + m * cm, cn);
@@ -38,7 +38,7 @@ MO_INLINE void NAME(tile_)(const int M, const mo_gemm_t *g, const int32_t m0, co
     MO_UNROLL for (int m = 0; m < M; m++)
       MO_UNROLL for (int v = 0; v < MO_V; v++) sum[m][v] = first[v];
   }
-  MO_LOOP for (int32_t run = 0; run < runs; run++, a += g->a_run, b += g->b_run)
+  for (int32_t left = g->runs;; a += g->a_run, b += g->b_run) {
     MO_LOOP for (int32_t r = 0; r < depth; r++) {
       VEC w[MO_V];
       MO_UNROLL for (int v = 0; v < MO_V; v++)
@@ -48,6 +48,8 @@ MO_INLINE void NAME(tile_)(const int M, const mo_gemm_t *g, const int32_t m0, co
         MO_UNROLL for (int v = 0; v < MO_V; v++) sum[m][v] += x * w[v];
       }
     }
+    if (--left <= 0) break;
+  }
   if (g->clamp)
     MO_UNROLL for (int m = 0; m < M; m++)
       MO_UNROLL for (int v = 0; v < MO_V; v++) MO_CLAMP(MO_L, sum[m][v], g->lo, g->hi);

@@ -65,8 +65,23 @@ MO_VECTOR(8)
 #if MO_LANES > 8
 MO_VECTOR(16)
 #endif
-#define MO_LOAD(L, address) (*(const MO_JOIN(mo_u, L) *)(address))
+#define MO_LOAD(L, address) ((MO_JOIN(mo_f, L)) * (const MO_JOIN(mo_u, L) *)(address))
 #define MO_STORE(L, address, value) (*(MO_JOIN(mo_u, L) *)(address) = (value))
+
+/* MO_EACH(j, n, BODY) runs BODY(L) for vectors of L floats at j = 0, L, ... that cover 0 .. n. */
+#define MO_EACH_(j, n, L, BODY) \
+  for (; j + L <= n; j += L) BODY(L)
+#if MO_LANES == 16
+#define MO_EACH(j, n, BODY) \
+  MO_EACH_(j, n, 16, BODY) MO_EACH_(j, n, 8, BODY) MO_EACH_(j, n, 4, BODY) MO_EACH_(j, n, 1, BODY)
+#elif MO_LANES == 8
+#define MO_EACH(j, n, BODY) \
+  MO_EACH_(j, n, 8, BODY) MO_EACH_(j, n, 4, BODY) MO_EACH_(j, n, 1, BODY)
+#elif MO_LANES == 4
+#define MO_EACH(j, n, BODY) MO_EACH_(j, n, 4, BODY) MO_EACH_(j, n, 1, BODY)
+#else
+#define MO_EACH(j, n, BODY) MO_EACH_(j, n, 1, BODY)
+#endif
 
 MO_INLINE int32_t mo_min(int32_t a, int32_t b) { return a < b ? a : b; }
 MO_INLINE int32_t mo_max(int32_t a, int32_t b) { return a > b ? a : b; }

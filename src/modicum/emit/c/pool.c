@@ -1,5 +1,13 @@
 /* Max and average pooling on [h][w][c]; windows are clipped to the input. */
 #include "mo_kernels.h"
+#include "mo_tile.h"
+
+/* Channels whose windows are searched side by side; one where there are no vectors. */
+#if MO_LANES > 1
+#define SIDE 16
+#else
+#define SIDE 1
+#endif
 
 typedef struct {
   int32_t begin, end; /* taps k in [begin, end) lie inside the input */
@@ -24,22 +32,26 @@ static window_t window_cols(const mo_pool_t *g, int32_t ox) {
   return window(ox, g->in_w, g->k_w, g->stride_w, g->pad_l, g->dil_w);
 }
 
-/* Winner of one channel's window.  A NaN wins, so that it is never hidden. */
-static float window_max(const float *x, const mo_pool_t *g, window_t row, window_t col,
-                        int32_t *winner) {
-  float best = MO_NO_LO;
-  *winner = -1;
+/* Maxima of the windows of n channels, and the taps that won.  A NaN wins, so that it is never
+   hidden; a window without a single input has the maximum -infinity, at tap 0. */
+MO_INLINE void window_max(float *best, int32_t *winner, const float *x, const mo_pool_t *g,
+                          window_t row, window_t col, const int32_t n) {
+  for (int32_t j = 0; j < n; j++) {
+    best[j] = MO_NO_LO;
+    winner[j] = -1;
+  }
   for (int32_t kh = row.begin; kh < row.end; kh++)
     for (int32_t kw = col.begin; kw < col.end; kw++) {
       const int32_t iy = row.origin + kh * g->dil_h, ix = col.origin + kw * g->dil_w;
-      const float v = x[(iy * g->in_w + ix) * g->c];
-      if (*winner < 0 || v > best || v != v) {
-        best = v;
-        *winner = kh * g->k_w + kw;
+      const float *in = x + (iy * g->in_w + ix) * g->c;
+      for (int32_t j = 0; j < n; j++) {
+        const float v = in[j];
+        const int wins = (v > best[j]) | (v != v) | (winner[j] < 0);
+        best[j] = wins ? v : best[j];
+        winner[j] = wins ? kh * g->k_w + kw : winner[j];
       }
     }
-  if (*winner < 0) *winner = 0;
-  return best;
+  for (int32_t j = 0; j < n; j++) winner[j] = mo_max(winner[j], 0);
 }
 
 void mo_maxpool_forward(float *y, uint8_t *code, const float *x, const mo_pool_t *g, int bits) {
@@ -47,18 +59,26 @@ void mo_maxpool_forward(float *y, uint8_t *code, const float *x, const mo_pool_t
   int used = 0;
   for (int32_t oy = 0; oy < g->out_h; oy++) {
     const window_t row = window_rows(g, oy);
-    for (int32_t ox = 0; ox < g->out_w; ox++) {
+    for (int32_t ox = 0; ox < g->out_w; ox++, y += g->c) {
       const window_t col = window_cols(g, ox);
-      for (int32_t j = 0; j < g->c; j++) {
-        int32_t winner;
-        *y++ = window_max(x + j, g, row, col, &winner);
-        if (code == NULL) continue;
-        pending |= (unsigned)winner << used;
-        used += bits;
-        if (used == 8) {
-          *code++ = (uint8_t)pending;
-          pending = 0;
-          used = 0;
+      for (int32_t j = 0; j < g->c; j += SIDE) {
+        const int32_t n = mo_min(SIDE, g->c - j);
+        float best[SIDE];
+        int32_t winner[SIDE];
+        if (n == SIDE)
+          window_max(best, winner, x + j, g, row, col, SIDE);
+        else
+          window_max(best, winner, x + j, g, row, col, n);
+        for (int32_t i = 0; i < n; i++) {
+          y[j + i] = best[i];
+          if (code == NULL) continue;
+          pending |= (unsigned)winner[i] << used;
+          used += bits;
+          if (used == 8) {
+            *code++ = (uint8_t)pending;
+            pending = 0;
+            used = 0;
+          }
         }
       }
     }
