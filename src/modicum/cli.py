@@ -304,6 +304,8 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # a file that cannot be read or written, a full disk
+        _fail(ModicumError(str(error)), as_json)
     except Exception as error:
         import traceback
 

@@ -128,8 +128,11 @@ class Plan(Frozen):
             ) from None
         verify(program, self.offsets, self.cost.arena)
         placement = _placement(program, self.offsets)
-        if cost(program, placement, self.board) != self.cost:
-            raise InvalidInput("the plan's cost is not that of its program", hint="make it again")
+        same_cost = cost(program, placement, self.board) == self.cost
+        if not same_cost or layer_costs(program) != self.layers:
+            raise InvalidInput(
+                "the plan's costs are not those of its program", hint="make it again"
+            )
 
     def __str__(self) -> str:
         return render(self)

@@ -21,7 +21,10 @@ from modicum.methods import Bias, Explicit, Full, Last
 from modicum.optim import SGD, Adam
 from modicum.plan import Plan
 from modicum.plan import plan as make
-from modicum.report import PALETTE, Report, _apart, memory_of, picture_layers, report
+from modicum.report import Report, report
+from modicum.report.palette import PALETTE
+from modicum.report.pictures.canvas import apart
+from modicum.report.tables import memory_of, picture_layers
 from modicum.trace import Trace
 
 EVIL = "</svg><script>alert('x')</script> & $x^2_$ \x1b[31m\x00 漢字"
@@ -363,7 +366,7 @@ def test_importing_the_report_loads_neither_torch_nor_what_draws():
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=4))
 def test_labels_beside_a_picture_stay_apart_and_in_order(values):
-    places = _apart(values, 10.0)
+    places = apart(values, 10.0)
     assert all(place <= value for place, value in zip(places, values, strict=True))
     downwards = sorted(places, reverse=True)
     assert all(a - b >= 10 - 1e-9 for a, b in itertools.pairwise(downwards))

@@ -1,0 +1,182 @@
+/* Runs every kernel on generated cases and prints one digest of the output bits of each.  With
+   -ffp-contract=off the lines are the same on every target. */
+#include "mo_kernels.h"
+
+void print(const char *text);
+
+enum { POOL = 60000, CASES = 30 };
+static float pool[POOL];
+static int32_t used;
+static uint32_t state, digest;
+
+static uint32_t bits32(void) {
+  state = state * 1664525u + 1013904223u;
+  return state >> 8;
+}
+
+static int32_t between(int32_t low, int32_t high) {
+  return low + (int32_t)(bits32() % (uint32_t)(high - low + 1));
+}
+
+static float *filled(int32_t n) {
+  float *p = pool + used;
+  for (int32_t i = 0; i < n; i++) p[i] = (float)(int32_t)bits32() / 8388608.0f - 1.0f;
+  used += n;
+  return p;
+}
+
+static void add(const void *data, int32_t bytes) {
+  digest = mo_crc32(digest, data, (size_t)bytes);
+}
+
+static void add_floats(const float *x, int32_t n) { add(x, n * (int32_t)sizeof(float)); }
+
+static void convolution(int depthwise) {
+  mo_conv_t g;
+  g.groups = between(0, 3) ? 1 : 2;
+  g.in_c = g.groups * between(1, 9);
+  g.out_c = g.groups * between(1, 40);
+  if (depthwise) g.in_c = g.out_c = g.groups = between(1, 70);
+  g.k_h = between(1, depthwise ? 7 : 3);
+  g.k_w = between(1, depthwise ? 7 : 3);
+  g.stride_h = between(1, 2);
+  g.stride_w = between(1, 2);
+  g.dil_h = between(0, 3) ? 1 : 2;
+  g.dil_w = between(0, 3) ? 1 : 2;
+  g.pad_t = between(0, g.k_h / 2);
+  g.pad_l = between(0, g.k_w / 2);
+  g.in_h = between(1, 6) + (g.k_h - 1) * g.dil_h;
+  g.in_w = between(1, 6) + (g.k_w - 1) * g.dil_w;
+  g.out_h = (g.in_h + g.pad_t - (g.k_h - 1) * g.dil_h - 1) / g.stride_h + 1;
+  g.out_w = (g.in_w + g.pad_l - (g.k_w - 1) * g.dil_w - 1) / g.stride_w + 1;
+  const int32_t nx = g.in_h * g.in_w * g.in_c, ny = g.out_h * g.out_w * g.out_c;
+  const int32_t nw = g.out_c * g.k_h * g.k_w * (g.in_c / g.groups);
+  float *x = filled(nx), *w = filled(nw), *b = filled(g.out_c), *y = filled(ny);
+  float *dx = filled(nx), *dw = filled(nw);
+  const int accumulate = between(0, 1);
+  if (depthwise) {
+    mo_depthwise_forward(y, x, w, b, &g, 0.0f, 0.5f);
+    mo_depthwise_dx(dx, y, w, &g, accumulate);
+    mo_depthwise_dw(dw, y, x, &g, 0, g.k_h, accumulate);
+  } else {
+    mo_conv2d_forward(y, x, w, b, &g, 0.0f, 0.5f);
+    mo_conv2d_dx(dx, y, w, &g, accumulate);
+    mo_conv2d_dw(dw, y, x, &g, 0, g.out_c, accumulate);
+  }
+  add_floats(y, ny);
+  add_floats(dx, nx);
+  add_floats(dw, nw);
+}
+
+static void conv2d(void) { convolution(0); }
+static void depthwise(void) { convolution(1); }
+
+static void linear(void) {
+  const int32_t in = between(1, 150), out = between(1, 90), pixels = between(1, 9);
+  const mo_conv_t g = {1, pixels, in, 1, pixels, out, 1, 1, 1, 1, 0, 0, 1, 1, 1};
+  float *x = filled(pixels * in), *w = filled(out * in), *y = filled(pixels * out);
+  mo_conv2d_forward(y, x, w, NULL, &g, MO_NO_LO, MO_NO_HI);
+  add_floats(y, pixels * out);
+  mo_conv2d_dx(x, y, w, &g, 0);
+  add_floats(x, pixels * in);
+  mo_conv2d_dw(w, y, x, &g, 0, out, 0);
+  add_floats(w, out * in);
+}
+
+static void affine(void) {
+  const int32_t pixels = between(1, 20), c = between(1, 50), n = pixels * c;
+  float *x = filled(n), *y = filled(n), *p = filled(6 * c);
+  mo_affine_forward(y, x, p, p + c, p + 2 * c, p + 3 * c, pixels, c, -0.5f, MO_NO_HI);
+  add_floats(y, n);
+  mo_affine_dx(y, x, p, p + c, pixels, c);
+  add_floats(y, n);
+  mo_affine_dgamma(p + 4 * c, y, x, p, p + c, pixels, c, 0);
+  mo_bias_grad(p + 5 * c, x, pixels, c, 1);
+  add_floats(p + 4 * c, 2 * c);
+}
+
+static void pointwise(void) {
+  uint8_t mask[50];
+  const int32_t n = between(1, 400);
+  float *x = filled(n), *y = filled(n);
+  mo_clamp_forward(y, x, n, -0.25f, 0.5f);
+  add_floats(y, n);
+  mo_mask_pack(mask, y, n, -0.25f, 0.5f);
+  add(mask, (n + 7) / 8);
+  mo_mask_backward(y, x, mask, n);
+  add_floats(y, n);
+  mo_clamp_backward(y, x, y, n, 0.0f, 0.5f);
+  mo_add(y, y, x, n, -0.5f, MO_NO_HI);
+  add_floats(y, n);
+}
+
+static void pool2d(void) {
+  static const mo_pool_t shapes[] = {{8, 9, 20, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0, 1, 1},
+                                     {7, 7, 5, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1},
+                                     {5, 6, 33, 5, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1}};
+  uint8_t code[1000];
+  const mo_pool_t *g = &shapes[between(0, 2)];
+  const int32_t nx = g->in_h * g->in_w * g->c, ny = g->out_h * g->out_w * g->c;
+  float *x = filled(nx), *y = filled(ny);
+  mo_maxpool_forward(y, code, x, g, 4);
+  add(code, (ny + 1) / 2);
+  add_floats(y, ny);
+  mo_maxpool_backward(x, y, code, g, 4);
+  add_floats(x, nx);
+  mo_avgpool_forward(y, x, g, 0, 0);
+  add_floats(y, ny);
+  mo_avgpool_backward(x, y, g, 1, 0);
+  add_floats(x, nx);
+  mo_adaptive_avgpool_forward(y, x, g->in_h, g->in_w, 2, 3, g->c);
+  mo_adaptive_avgpool_backward(x, y, g->in_h, g->in_w, 2, 3, g->c);
+  add_floats(x, nx);
+}
+
+static void loss(void) {
+  const int32_t n = between(1, 40);
+  float *z = filled(n), *target = filled(n);
+  for (int32_t i = 0; i < n; i++) z[i] *= 20.0f;
+  float values[2];
+  values[0] = mo_cross_entropy(z, n, between(0, n - 1), 0.25f);
+  add_floats(z, n);
+  values[1] = mo_mse(z, target, n, 1.0f);
+  add_floats(z, n);
+  add_floats(values, 2);
+}
+
+static void optimizers(void) {
+  const int32_t n = between(1, 100);
+  float *w = filled(n), *g = filled(n), *m = filled(n), *v = filled(n);
+  for (int32_t i = 0; i < n; i++) v[i] = v[i] * v[i];
+  mo_sgd(w, g, n, 0.1f, 0.01f);
+  mo_momentum(w, g, m, n, 0.1f, 0.9f, 0.0f);
+  mo_adam(w, g, m, v, n, 0.01f, 0.9f, 0.999f, 1e-8f, 0.1f, 0.001f, 0.01f);
+  add_floats(w, n);
+  add_floats(m, n);
+  add_floats(v, n);
+}
+
+static void run(const char *name, void (*kernel)(void)) {
+  char hex[] = " 00000000\n";
+  digest = 0;
+  state = 1;
+  for (int i = 0; i < CASES; i++) {
+    used = 0;
+    kernel();
+  }
+  for (int i = 0; i < 8; i++) hex[8 - i] = "0123456789abcdef"[(digest >> (4 * i)) & 15u];
+  print(name);
+  print(hex);
+}
+
+int main(void) {
+  run("conv2d", conv2d);
+  run("depthwise", depthwise);
+  run("linear", linear);
+  run("affine", affine);
+  run("pointwise", pointwise);
+  run("pool", pool2d);
+  run("loss", loss);
+  run("optimizers", optimizers);
+  return 0;
+}

@@ -1,0 +1,368 @@
+"""The examples of README and docs: find them, run them, compare what they print, rewrite it.
+
+    python tests/docs/examples.py [--update] [PAGE ...]
+
+A page is self-contained.  Its blocks run in order in an empty folder:
+
+    ```python           runs, in one namespace for the page
+    ```text             right after such a block: what it printed
+    ```console          `$ command` lines run in a shell, the lines below are what they printed
+    ```c title="x.c"    any language with a title: the block is written to that file instead
+
+Words behind the language say more: `varies` compares with every number masked, `exit=3` is the
+exit status of the block's last command, `qemu` needs the cross-compiler and QEMU, `norun` is only
+read.  A line `...` in an output stands for any lines.  --update writes the real output into the
+pages, and the tables of docs/benchmarks.md from benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+PAGES = (REPO / "README.md", *sorted(REPO.glob("docs/*.md")))
+RESULTS = REPO / "benchmarks" / "results"
+
+TIMEOUT = 300
+NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
+MARKS = {"varies", "qemu", "norun", "exit", "title"}
+
+
+@dataclass
+class Block:
+    """A fenced block: `first` and `end` are the lines of its text in the page, from 0."""
+
+    page: Path
+    first: int
+    lines: list[str]
+    language: str
+    marks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.lines)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(REPO)}:{self.first + 1}"
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """An example that did not print what the page shows."""
+
+    where: str
+    what: str
+    shown: list[str]
+    printed: list[str]
+
+    def __str__(self) -> str:
+        shown = "\n".join("    " + line for line in self.shown)
+        printed = "\n".join("    " + line for line in self.printed)
+        return f"{self.where}: {self.what}\n  the page shows\n{shown}\n  it printed\n{printed}"
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    found: list[Block] = []
+    lines = page.read_text().splitlines()
+    i = 0
+    while i < len(lines):
+        if lines[i].startswith("```"):
+            words = shlex.split(lines[i][3:])
+            end = next(j for j in range(i + 1, len(lines)) if lines[j] == "```")
+            marks = {k: v for k, _, v in (w.partition("=") for w in words[1:])}
+            block = Block(page, i + 1, lines[i + 1 : end], words[0] if words else "", marks)
+            if strays := set(marks) - MARKS:
+                raise ValueError(f"{block.where}: unknown marks {sorted(strays)}")
+            found.append(block)
+            i = end
+        i += 1
+    return found
+
+
+def needs_qemu(page: Path) -> bool:
+    return any("qemu" in block.marks for block in blocks(page))
+
+
+# ---- running ---------------------------------------------------------------------------------
+
+
+def run_page(page: Path, qemu: bool, report: Callable[[Block, list[str]], None]) -> list[Mismatch]:
+    """Run a page in the current folder, and list what it did not print as shown.
+
+    `report` is called with every block that shows output and what should stand there.
+    """
+    wrong: list[Mismatch] = []
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    found = blocks(page)
+    for i, block in enumerate(found):
+        if "norun" in block.marks or ("qemu" in block.marks and not qemu):
+            continue
+        if "title" in block.marks:
+            Path(block.marks["title"]).write_text(block.text)
+        elif block.language == "python":
+            try:
+                printed = _python(block, namespace)
+            except Exception:
+                last = traceback.format_exc().splitlines()
+                wrong.append(Mismatch(block.where, "raises; the page ends here", [], last))
+                return wrong
+            shown = _output_of(found, i)
+            if shown is not None:
+                wrong += _compared(shown, "the block above", shown.lines, printed)
+                report(shown, _kept(shown.lines, printed))
+            elif printed:
+                wrong.append(Mismatch(block.where, "the page shows no output", [], printed))
+        elif block.language == "console":
+            wrong += _console(block, report)
+    return wrong
+
+
+def _python(block: Block, namespace: dict[str, Any]) -> list[str]:
+    code = compile("\n" * block.first + block.text, str(block.page), "exec")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, namespace)
+    return _lines(out.getvalue())
+
+
+def _output_of(found: list[Block], i: int) -> Block | None:
+    """The text block that directly follows block i."""
+    if i + 1 == len(found) or found[i + 1].language != "text":
+        return None
+    between = found[i].page.read_text().splitlines()[found[i].end + 1 : found[i + 1].first - 1]
+    return None if any(line.strip() for line in between) else found[i + 1]
+
+
+def _console(block: Block, report: Callable[[Block, list[str]], None]) -> list[Mismatch]:
+    wrong: list[Mismatch] = []
+    text: list[str] = []
+    parts = list(_commands(block))
+    for n, (source, shown) in enumerate(parts):
+        command = "\n".join(source)[2:]
+        status, printed = _shell(command)
+        wanted = int(block.marks.get("exit", "0")) if n + 1 == len(parts) else 0
+        what = f"$ {command}"
+        if status != wanted:
+            what += f" (exit status {status}, not {wanted})"
+            wrong.append(Mismatch(block.where, what, shown, printed))
+        else:
+            wrong += _compared(block, what, shown, printed)
+        text += [*source, *_kept(shown, printed)]
+    report(block, text)
+    return wrong
+
+
+def _commands(block: Block) -> Iterator[tuple[list[str], list[str]]]:
+    """(the lines of a command, the lines shown below it)"""
+    i = 0
+    while i < len(block.lines):
+        if not block.lines[i].startswith("$ "):
+            raise ValueError(f"{block.where}: a console block begins with '$ '")
+        end = i + 1
+        while block.lines[end - 1].endswith("\\"):
+            end += 1
+        source, shown = block.lines[i:end], []
+        while end < len(block.lines) and not block.lines[end].startswith("$ "):
+            shown.append(block.lines[end])
+            end += 1
+        yield source, shown
+        i = end
+
+
+def _shell(command: str) -> tuple[int, list[str]]:
+    """Run in sh, where `modicum` is the command line of the modicum under test."""
+    define = 'modicum() { "$MODICUM_PYTHON" -m modicum.cli "$@"; }\n'
+    path = os.pathsep.join([str(REPO / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "MODICUM_PYTHON": sys.executable, "PYTHONPATH": path}
+    done = subprocess.run(
+        ["sh", "-c", define + command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    return done.returncode, _lines(done.stdout)
+
+
+# ---- comparing -------------------------------------------------------------------------------
+
+
+def _lines(text: str) -> list[str]:
+    lines = [line.rstrip() for line in text.splitlines()]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def _compared(block: Block, what: str, shown: list[str], printed: list[str]) -> list[Mismatch]:
+    shown = _lines("\n".join(shown))
+    form = masked if "varies" in block.marks else str
+    if _matches([form(s) for s in shown], [form(p) for p in printed]):
+        return []
+    return [Mismatch(block.where, what, shown, printed)]
+
+
+def masked(line: str) -> str:
+    """The line without its numbers, and without the blanks that line them up."""
+    return " ".join(NUMBER.sub("#", line).split())
+
+
+def _matches(shown: list[str], printed: list[str]) -> bool:
+    if not shown:
+        return not printed
+    if shown[0].strip() == "...":
+        return any(_matches(shown[1:], printed[i:]) for i in range(len(printed) + 1))
+    return bool(printed) and shown[0] == printed[0] and _matches(shown[1:], printed[1:])
+
+
+def _kept(shown: list[str], printed: list[str]) -> list[str]:
+    """What to show of `printed`: the page's cut, `...`, stays where it is."""
+    cuts = [i for i, line in enumerate(shown) if line.strip() == "..."]
+    if len(cuts) != 1:
+        return shown if cuts else printed
+    head, tail = cuts[0], len(shown) - cuts[0] - 1
+    return [*printed[:head], shown[head], *(printed[-tail:] if tail else [])]
+
+
+# ---- the tables of docs/benchmarks.md ----------------------------------------------------------
+
+
+TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "host_step": (
+        ("net", "net", ""),
+        ("update", "update", ""),
+        ("C, ms", "c_ms", ".2f"),
+        ("PyTorch, ms", "torch_ms", ".2f"),
+        ("ratio", "ratio", ".1f"),
+        ("C, peak RSS, MB", "c_rss_mb", ".1f"),
+        ("PyTorch, peak RSS, MB", "torch_rss_mb", ".0f"),
+        ("arena, KiB", "arena_kib", ",.1f"),
+        ("saved, KiB", "saved_kib", ",.1f"),
+    ),
+    "mcu_step": (
+        ("net", "net", ""),
+        ("update", "update", ""),
+        ("core", "core", ""),
+        ("M instructions per step", "train", "M"),
+        ("M instructions per inference", "predict", "M"),
+        ("instructions per MAC", "per_mac", ".2f"),
+        ("RAM measured, KiB", "ram", "K"),
+        ("RAM planned, KiB", "ram_planned", "K"),
+    ),
+}
+
+
+def with_tables(text: str) -> str:
+    """docs/benchmarks.md with its generated sections as benchmarks/results has them."""
+    for name in TABLES:
+        begin, end = f"<!-- results: {name} -->", f"<!-- end: {name} -->"
+        if (RESULTS / f"{name}.json").exists() and begin in text:
+            before, _, rest = text.partition(begin)
+            after = rest.partition(end)[2]
+            text = f"{before}{begin}\n\n{_table(name)}\n\n{end}{after}"
+    return text
+
+
+def _table(name: str) -> str:
+    data = json.loads((RESULTS / f"{name}.json").read_text())
+    columns = TABLES[name]
+    lines = [f"`{data['command']}`", ""] if "command" in data else []
+    lines.append("| " + " | ".join(title for title, _, _ in columns) + " |")
+    lines.append("|" + "".join("---|" if not f else "---:|" for _, _, f in columns))
+    for row in data["rows"]:
+        cells = [_cell(row, key, form) for _, key, form in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], key: str, form: str) -> str:
+    if key not in row:
+        return "does not fit" if "why" in row and key == "train" else ""
+    if form == "M":
+        return f"{row[key] / 1e6:,.1f}"
+    return f"{row[key] / 1024:,.1f}" if form == "K" else format(row[key], form)
+
+
+# ---- the pages, rewritten ----------------------------------------------------------------------
+
+
+def update(page: Path, qemu: bool) -> list[Mismatch]:
+    """Write what the examples of a page print into it, where it does not match."""
+    new: list[tuple[Block, list[str]]] = []
+    with tempfile.TemporaryDirectory() as scratch, in_folder(Path(scratch)):
+        wrong = run_page(page, qemu, lambda block, text: new.append((block, text)))
+    stale = {w.where for w in wrong}
+    lines = page.read_text().splitlines()
+    for block, text in reversed(new):
+        if block.where in stale:
+            lines[block.first : block.end] = text
+    page.write_text(with_tables("\n".join(lines) + "\n"))
+    return wrong
+
+
+@contextlib.contextmanager
+def in_folder(folder: Path) -> Iterator[None]:
+    """Work in a folder, import from it, and forget what was imported from it."""
+    before, path = Path.cwd(), list(sys.path)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        sys.path[:] = path
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if file and Path(file).is_relative_to(folder):
+                del sys.modules[name]
+
+
+def main() -> None:
+    import argparse
+    import shutil
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="*", type=Path)
+    parser.add_argument("--update", action="store_true", help="write the output into the pages")
+    parser.add_argument("--no-qemu", action="store_true")
+    args = parser.parse_args()
+    sys.path.insert(0, str(REPO / "src"))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    qemu = not args.no_qemu and shutil.which("qemu-system-arm") is not None
+    failed = False
+    for page in [p.resolve() for p in args.pages] or PAGES:
+        if args.update:
+            wrong = update(page, qemu)
+        else:
+            with tempfile.TemporaryDirectory() as scratch, in_folder(Path(scratch)):
+                wrong = run_page(page, qemu, lambda block, text: None)
+        failed |= bool(wrong)
+        print(f"{page.relative_to(REPO)}: {'rewritten' if wrong and args.update else len(wrong)}")
+        for mismatch in wrong:
+            print(mismatch)
+    sys.exit(failed and not args.update)
+
+
+if __name__ == "__main__":
+    main()
