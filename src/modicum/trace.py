@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from modicum.errors import InvalidInput
 
 Array = NDArray[np.float32]
+T = TypeVar("T")
 
 VERSION = 1
 # Below this a loss is compared absolutely: -log p of p near 1 has only the rounding of p.
@@ -62,20 +64,11 @@ class Trace:
 
     @staticmethod
     def load(path: str | Path) -> Trace:
-        """Raises InvalidInput for a file that is not a trace of this version."""
+        """Raises InvalidInput for a file that is not a trace of this version, field by field."""
         try:
-            data = json.loads(Path(path).read_text())
-            if data.pop("version") != VERSION:
-                raise ValueError("another version")
-            for name in ("logits_before", "logits_after"):
-                data[name] = _unpack(data[name]) if data[name] is not None else None
-            for name in ("tensors", "state"):
-                data[name] = {k: _unpack(v) for k, v in data[name].items()}
-            trace = Trace(**data)
-            trace.losses = [float(x) for x in trace.losses]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return _trace(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, OverflowError, RecursionError) as error:
             raise InvalidInput(f"{path} is not a trace", why=str(error)) from None
-        return trace
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ def compare(a: Trace, b: Trace, tolerance: float = 1e-4) -> Comparison:
 
     Losses differ relative to the larger of the two (absolutely below LOSS_FLOOR); tensors
     relative to the largest magnitude of the tensor.  Raises InvalidInput when the traces are not
-    of the same plan, length and sample order.
+    of the same plan, length and sample order, or hold tensors of other steps or shapes.
     """
     if a.plan_hash != b.plan_hash:
         raise InvalidInput("the traces are of different plans", where=f"{a.where} and {b.where}")
@@ -121,17 +114,25 @@ def compare(a: Trace, b: Trace, tolerance: float = 1e-4) -> Comparison:
             "the traces did not train on the same samples",
             why=f"{len(a.losses)} and {len(b.losses)} steps, or another order",
         )
+    names = [n for n in a.tensors if n in b.tensors]
+    for name in names:
+        p, q = a.tensors[name], b.tensors[name]
+        if p.shape != q.shape or p.shape[:1] != (len(a.losses),):
+            raise InvalidInput(
+                f"the traces do not hold {name} after every step",
+                where=f"{a.where} and {b.where}",
+                why=f"shapes {p.shape} and {q.shape}, {len(a.losses)} steps",
+            )
     first: tuple[int, str] | None = None
     largest, bitwise = 0.0, True
-    names = [n for n in a.tensors if n in b.tensors]
     for i, (x, y) in enumerate(zip(a.losses, b.losses, strict=True)):
         bitwise &= x == y
         differences = [("loss", abs(x - y) / max(abs(x), abs(y), LOSS_FLOOR))]
         for name in names:
             p, q = a.tensors[name][i], b.tensors[name][i]
             bitwise &= bool((p == q).all())
-            scale = max(float(np.abs(p).max()), float(np.abs(q).max()), 1e-12)
-            differences.append((name, float(np.abs(p - q).max()) / scale))
+            scale = max(float(np.abs(v).max(initial=0.0)) for v in (p, q))
+            differences.append((name, float(np.abs(p - q).max(initial=0.0)) / max(scale, 1e-12)))
         for name, difference in differences:
             largest = max(largest, difference) if difference == difference else float("inf")
             if first is None and not difference <= tolerance:
@@ -146,6 +147,61 @@ def _pack(a: Array) -> dict[str, Any]:
     return {"shape": list(a.shape), "f32": base64.b64encode(raw).decode()}
 
 
-def _unpack(d: dict[str, Any]) -> Array:
-    raw = base64.b64decode(d["f32"], validate=True)
-    return np.frombuffer(raw, dtype="<f4").reshape(d["shape"]).copy()
+def _trace(data: Any) -> Trace:
+    """A trace from plain data; ValueError names the first field that is not as it should be."""
+    if not isinstance(data, dict) or data.get("version") != VERSION:
+        raise ValueError(f"it has no version {VERSION}")
+    wanted = {"version", *(f.name for f in fields(Trace))}
+    for words, names in (("lacks", wanted - set(data)), ("has also", set(data) - wanted)):
+        if names:
+            raise ValueError(f"it {words} {', '.join(sorted(names))}")
+    trace = Trace(
+        where=_of(str, "where", data["where"]),
+        plan_hash=_of(str, "plan_hash", data["plan_hash"]),
+        seed=_of(int, "seed", data["seed"]),
+        losses=[_number("losses", x) for x in _of(list, "losses", data["losses"])],
+        order=[_of(int, "order", i) for i in _of(list, "order", data["order"])],
+    )
+    for name in ("logits_before", "logits_after"):
+        if data[name] is not None:
+            setattr(trace, name, _unpack(name, data[name]))
+    for name in ("accuracy_before", "accuracy_after"):
+        if data[name] is not None:
+            setattr(trace, name, _finite(name, data[name]))
+    for name in ("tensors", "state"):
+        arrays = _of(dict, name, data[name])
+        setattr(trace, name, {k: _unpack(f"{name} {k}", v) for k, v in arrays.items()})
+    figures = _of(dict, "figures", data["figures"])
+    trace.figures = {k: _finite(f"figures {k}", v) for k, v in figures.items()}
+    for name, array in trace.tensors.items():
+        if array.shape[:1] != (len(trace.losses),):
+            raise ValueError(f"tensors {name}: shape {array.shape}, {len(trace.losses)} losses")
+    return trace
+
+
+def _unpack(name: str, data: Any) -> Array:
+    packed = _of(dict, name, data)
+    if set(packed) != {"shape", "f32"}:
+        raise ValueError(f"{name}: not an array")
+    shape = [_of(int, name, n) for n in _of(list, name, packed["shape"])]
+    raw = base64.b64decode(_of(str, name, packed["f32"]), validate=True)
+    if min(shape, default=1) < 0 or len(raw) != 4 * math.prod(shape):
+        raise ValueError(f"{name}: {len(raw)} bytes for shape {shape}")
+    return np.frombuffer(raw, dtype="<f4").reshape(shape).copy()
+
+
+def _of(kind: type[T], name: str, value: Any) -> T:
+    if type(value) is not kind:
+        raise ValueError(f"{name}: {type(value).__name__} instead of {kind.__name__}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    return float(value) if type(value) is int else _of(float, name, value)
+
+
+def _finite(name: str, value: Any) -> float:
+    if not math.isfinite(_number(name, value)):
+        raise ValueError(f"{name}: {value} is not finite")
+    number: float = value  # a whole number stays one
+    return number

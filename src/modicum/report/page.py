@@ -64,8 +64,8 @@ def _shown(r: Runs) -> dict[str, Any]:
 
 def _method(p: Plan) -> str:
     fields = p.method.model_dump(mode="json", exclude={"kind"}, exclude_none=True)
-    plain = {k: v for k, v in fields.items() if isinstance(v, int | float | str)}
-    given = ", ".join(f"{name}={value}" for name, value in plain.items())
+    simple = {k: v for k, v in fields.items() if isinstance(v, int | float | str)}
+    given = ", ".join(f"{name}={value}" for name, value in simple.items())
     return plain(f"{p.method.kind} ({given})" if given else p.method.kind)
 
 

@@ -89,6 +89,7 @@ def run_rows(r: Runs) -> list[Row]:
 
 
 def figure_of(t: Trace, key: str) -> float | None:
+    """A figure if it was measured and is finite."""
     value = t.figures.get(key)
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -100,6 +101,7 @@ def _section(t: Trace, key: str) -> str | None:
 
 
 def emulated(t: Trace) -> bool:
+    """It ran on an emulated board: its work is counted in instructions."""
     return "instructions_train" in t.figures or "instructions_predict" in t.figures
 
 
