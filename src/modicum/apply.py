@@ -203,5 +203,5 @@ def _last_uses(plan: Plan) -> dict[str, list[str]]:
 
 
 def _slot(name: str) -> str:
-    """Module attributes cannot have dots."""
-    return name.replace(".", "/")
+    """A name for a module attribute: without dots, and unlike any attribute of nn.Module."""
+    return "state/" + name.replace(".", "/")

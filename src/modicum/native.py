@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modicum.errors import InvalidInput, ModicumError
-from modicum.run import build, net_name
+from modicum.toolchain import build, net_name
 
 Array = NDArray[np.float32]
 
