@@ -42,6 +42,11 @@ class Builder:
         self.values[name] = Value(name=name, shape=shape)
         return name
 
+    def remove(self, name: str) -> None:
+        """The last node."""
+        assert self.nodes.pop().name == name
+        del self.values[name]
+
     def shape(self, name: str) -> Shape:
         return self.values[name].shape
 
@@ -185,7 +190,16 @@ def _window(draw: st.DrawFn) -> dict[str, object]:
 
 def _max_pool(draw: st.DrawFn, b: Builder, x: str) -> str:
     dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
-    return b.add("max_pool2d", x, **_window(draw), dilation=dilation)
+    window = _window(draw)
+    y = b.add("max_pool2d", x, **window, dilation=dilation)
+    for axis in (0, 1):  # a window of nothing but padding has no maximum
+        kernel, stride, pad = (window[key][axis] for key in ("kernel", "stride", "pad"))
+        for i in range(b.shape(y)[2 + axis]):
+            taps = [i * stride - pad + t * dilation[axis] for t in range(kernel)]
+            if not any(0 <= tap < b.shape(x)[2 + axis] for tap in taps):
+                b.remove(y)
+                raise ValueError("no maximum")
+    return y
 
 
 def _avg_pool(draw: st.DrawFn, b: Builder, x: str) -> str:

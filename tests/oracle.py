@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modicum.apply import Tuned
+from modicum.apply import Tuned, _slot
 from modicum.graph import Graph, Node
 from modicum.plan import Plan
 from modicum.selection import Slice
@@ -22,14 +22,17 @@ class GraphModel(nn.Module):
         super().__init__()
         self.graph = graph
         for name, param in graph.params.items():
-            owner, role = name.rsplit(".", 1)
-            if owner not in dict(self.named_children()):
-                self.add_module(owner, nn.Module())
+            *path, role = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in dict(owner.named_children()):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
             value = torch.zeros(param.shape)
             if param.trainable:
-                self.get_submodule(owner).register_parameter(role, nn.Parameter(value))
+                owner.register_parameter(role, nn.Parameter(value))
             else:
-                self.get_submodule(owner).register_buffer(role, value)
+                owner.register_buffer(role, value)
         randomise(self, seed)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +152,7 @@ def in_double(tuned: Tuned, model: nn.Module) -> Tuned:
             if param.derived is not None:
                 wide = {r: state[n].double() for r, n in param.derived.sources.items()}
                 value = derived(param.derived.kind, param.derived.eps, param.derived.fill, wide)
-                buffers[param.name.replace(".", "/")].copy_(value)
+                buffers[_slot(param.name)].copy_(value)
     return tuned
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modicum.apply import Tuned, apply
 from modicum.data import Data, check_data
-from modicum.errors import InvalidInput
+from modicum.errors import InvalidInput, UsageError
 from modicum.optim import SGD, Adam
 from modicum.plan import Plan
 from modicum.trace import Trace
@@ -41,6 +41,8 @@ def adapt(
     `record` the trace holds every trained slice after every step.  ``trace.state`` holds what
     was learned.  Raises InvalidInput for data that does not fit the plan or is not finite.
     """
+    if epochs < 0 or micro_batch < 1:
+        raise UsageError(f"cannot adapt over {epochs} epochs in micro-batches of {micro_batch}")
     x, y = _tensors(plan, data)
     checked = None if test is None else _tensors(plan, test)
     tuned = apply(model, plan)

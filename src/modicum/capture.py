@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -27,6 +30,10 @@ def capture(model: nn.Module, example: torch.Tensor) -> Graph:
     >>> print(graph.nodes[0].op)
     linear
     """
+    import torch
+
+    if not isinstance(example, torch.Tensor) or example.dim() == 0 or not len(example):
+        raise UsageError("the example is not a tensor of at least one sample")
     exported = _export(model, example[:1])
     return _Reader(exported).graph()
 
@@ -52,8 +59,10 @@ def _export(model: nn.Module, example: torch.Tensor) -> Any:
 
     training = {m: m.training for m in model.modules()}
     model.eval()
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch.export logs and prints before it raises
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, (example,))
             # without a table this only makes in-place operators functional
@@ -66,6 +75,7 @@ def _export(model: nn.Module, example: torch.Tensor) -> Any:
             hint="call the model on the example yourself; torch.export has to be able to trace it",
         ) from error
     finally:
+        logging.disable(level)
         for module, mode in training.items():
             module.training = mode
 
@@ -98,6 +108,11 @@ class _Reader:
         }
         self.trainable = set(signature.inputs_to_parameters.values())
         inputs = [n for n in signature.user_inputs if isinstance(n, str)]
+        if not self.exported.call_spec.out_spec.is_leaf():
+            raise UsageError(
+                "the model's output is not one tensor",
+                hint="a module around it that returns the one tensor that the loss is of",
+            )
         if len(inputs) != 1 or len(signature.user_outputs) != 1:
             raise UsageError(
                 f"the model has {len(inputs)} inputs and {len(signature.user_outputs)} outputs",
@@ -459,7 +474,6 @@ READERS: dict[str, Reader] = {
     "clone": _same,
     "contiguous": _same,
     "dropout": _same,
-    "detach": _same,
     "alias": _same,
 }
 
@@ -472,7 +486,10 @@ def _module(fx: Any) -> str:
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """The model's parameters and buffers as float32 numpy arrays, by name."""
-    entries = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    entries = {  # a shared tensor under each of its names, of which torch.export picks one
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     return {
         name: t.detach().cpu().float().numpy()
         for name, t in entries.items()

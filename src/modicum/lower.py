@@ -184,6 +184,12 @@ def lower(
     UsageError when the selection does not fit the graph.
     """
     check_selection(graph, selection)
+    shape = graph.shape(graph.output)
+    if len(shape) != 2 and (loss != "mse" or len(shape) != 3):
+        raise UsageError(
+            f"{loss} cannot be taken of an output of shape {shape}",
+            hint="end the model with a flatten, so that its output is (n, outputs)",
+        )
     prepared = prepare(graph, selection)
     updates = {u.param: u for u in selection}
     _refuse_what_is_not_there_yet(prepared, updates)
@@ -628,18 +634,21 @@ class _Lowering:
             if not wanted.dx[i]:
                 continue
             if op.passes_gradient(self.graph, node):
-                self._pass_on(node, v, dy)
+                self._pass_on(node, v, dy, last=not any(wanted.dx[i + 1 :]))
             elif op.dx_inplace(self.graph, node):
                 self._in_place(node, i, v, dy)
             else:
                 self._computed(node, i, v, dy)
 
-    def _pass_on(self, node: Node, v: str, dy: str) -> None:
-        """The gradient of v is dy itself: share the buffer, or add it to what v has."""
+    def _pass_on(self, node: Node, v: str, dy: str, last: bool) -> None:
+        """The gradient of v is dy itself: share the buffer, or add it to what v has.
+
+        What v has may lie in dy's buffer, which only the last input may change.
+        """
         if v not in self.grad:
             self._own(v, dy)
             return
-        mine = self._writable(node, v)
+        mine = self._writable(node, v, "" if last else dy)
         n = self.graph.values[v].size
         args = (Buf(mine, "rw"), Buf(mine), Buf(dy), n, Expr("MO_NO_LO"), Expr("MO_NO_HI"))
         self._step("backward", node.name, Call("mo_add", args))

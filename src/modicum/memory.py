@@ -151,6 +151,8 @@ def verify(program: Program, offsets: Mapping[str, int], arena: int) -> None:
     if set(offsets) != set(program.lifetimes):
         odd = sorted(set(offsets) ^ set(program.lifetimes))[:4]
         raise InvalidInput("the placement and the program have different buffers", where=str(odd))
+    if not 0 <= arena <= sum(b.bytes + ALIGN for b in program.buffers.values()):
+        raise InvalidInput(f"an arena of {arena} bytes is not that of these buffers")
     owner = np.full(-(-arena // 4), -1, dtype=np.int32)
     number = {name: i for i, name in enumerate(offsets)}
 

@@ -28,6 +28,7 @@ from modicum.selection import Update
 from modicum.units import count, kib, percent, size
 
 VERSION: Literal[1] = 1
+MOST_ACCUMULATED = 65535
 ORDERS: tuple[Order, ...] = ("dx-first", "dw-first")
 
 
@@ -47,7 +48,7 @@ class Plan(Frozen):
     selection: tuple[Update, ...]
     optimizer: Optimizer
     loss: Loss = "cross_entropy"
-    accumulate: Annotated[int, Field(ge=1, le=65535)] = 1
+    accumulate: Annotated[int, Field(ge=1, le=MOST_ACCUMULATED)] = 1
     order: Order = "dx-first"
     offsets: dict[str, int]
     cost: Cost
@@ -126,6 +127,8 @@ class Plan(Frozen):
             raise InvalidInput(
                 "the plan's selection does not fit its graph", why=error.what
             ) from None
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            raise InvalidInput("the plan's graph is malformed", why=repr(error)) from None
         verify(program, self.offsets, self.cost.arena)
         placement = _placement(program, self.offsets)
         same_cost = cost(program, placement, self.board) == self.cost
@@ -164,6 +167,10 @@ def plan(
     method = method or Full()
     optimizer = optimizer or SGD()
     target = catalogue.get(board) if isinstance(board, str) else board
+    if not 1 <= accumulate <= MOST_ACCUMULATED:
+        raise UsageError(
+            f"cannot accumulate {accumulate} samples", hint=f"1 to {MOST_ACCUMULATED:,}"
+        )
     made = _make(graph, target, method, optimizer, loss, accumulate, ram, flash)
     if not fits(made):
         raise _does_not_fit(made)

@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -66,8 +67,7 @@ def run(
     plan = Plan.load(folder / "plan.json")
     machine = find_machine(on, plan)
     if train is None:
-        vectors = np.load(folder / "vectors.npz")
-        train = (vectors["x"], vectors["y"])
+        train = _check_samples(folder / "vectors.npz")
     train = check_data(plan, train)
     test = None if test is None else check_data(plan, test)
     order = list(range(len(train[0]))) if order is None else order
@@ -83,6 +83,14 @@ def run(
         _split(plan, result, trace)
     trace.figures = {**_figures(plan, result, machine), **_sections(program, machine)}
     return trace
+
+
+def _check_samples(path: Path) -> Data:
+    try:
+        with np.load(path, allow_pickle=False) as vectors:
+            return vectors["x"], vectors["y"]
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+        raise InvalidInput(f"{path} has no check samples", why=str(error)) from None
 
 
 def find_machine(on: str, plan: Plan) -> Machine | None:

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from c.kernel_cases import examples
-from c.kernels import Window
+from c.kernels import Geometry, Window
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,12 +77,39 @@ def test_a_bad_value_passes_through_activation_pooling_and_addition(kernels, bad
         assert not np.isfinite(out[0])
 
 
+@pytest.mark.parametrize("channels", [1, 4, 21, 70])
+def test_a_nan_passes_through_clamped_convolutions(kernels, channels):
+    g = Geometry(3, 3, channels, 3, 3, channels, 1, 1, 1, 1, 0, 0, 1, 1, 1)
+    x = np.full((3, 3, channels), np.nan, np.float32)
+    w = np.ones((channels, channels), np.float32)
+    y = np.zeros_like(x)
+    kernels.mo_conv2d_forward(y, x, w, None, g, 0.0, 6.0)
+    assert np.isnan(y).all()
+    y[:] = 0
+    g.groups = channels
+    kernels.mo_depthwise_forward(y, x, w, None, g, 0.0, 6.0)
+    assert np.isnan(y).all()
+    y[:] = 0
+    ones = np.ones(channels, np.float32)
+    kernels.mo_affine_forward(y, x, ones, ones, ones, ones, 9, channels, 0.0, 6.0)
+    assert np.isnan(y).all()
+
+
 def test_a_corrupt_pooling_code_writes_nowhere_else(kernels):
     window = Window(2, 2, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 1, 1)
     dx = np.full(6, 7, np.float32)
     code = np.array([0xFF], np.uint8)
     kernels.mo_maxpool_backward(dx[1:5], np.ones(1, np.float32), code, window, 8)
     assert list(dx) == [7, 0, 0, 0, 0, 7]
+
+
+def test_a_window_between_the_inputs_has_no_maximum_and_no_gradient(kernels):
+    window = Window(1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 0, 1, 0, 2, 1)
+    y, dx, code = np.zeros(1, np.float32), np.ones(1, np.float32), np.zeros(1, np.uint8)
+    kernels.mo_maxpool_forward(y, code, np.ones(1, np.float32), window, 2)
+    kernels.mo_maxpool_backward(dx, np.ones(1, np.float32), code, window, 2)
+    assert y[0] == -np.inf
+    assert dx[0] == 0
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -36,8 +36,9 @@ def double(array, grad: bool = False) -> torch.Tensor:
 
 
 def planes(array) -> torch.Tensor:
-    """[h][w][c] -> [1][c][h][w]"""
-    return double(array).permute(2, 0, 1)[None]
+    """[h][w][c] -> [1][c][h][w]; contiguous, as torch 2.13 gives some grouped convolutions of
+    strided images a wrong weight gradient."""
+    return double(array).permute(2, 0, 1)[None].contiguous()
 
 
 def pixels(tensor: torch.Tensor) -> torch.Tensor:

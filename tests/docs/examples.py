@@ -1,6 +1,6 @@
 """The examples of README and docs: find them, run them, compare what they print, rewrite it.
 
-    python tests/docs/examples.py [--update] [PAGE ...]
+    python tests/docs/examples.py [--update [--fresh]] [PAGE ...]
 
 A page is self-contained.  Its blocks run in order in an empty folder:
 
@@ -12,7 +12,8 @@ A page is self-contained.  Its blocks run in order in an empty folder:
 Words behind the language say more: `varies` compares with every number masked, `exit=3` is the
 exit status of the block's last command, `qemu` needs the cross-compiler and QEMU, `norun` is only
 read.  A line `...` in an output stands for any lines.  --update writes the real output into the
-pages, and the tables of docs/benchmarks.md from benchmarks/results.
+pages where they do not match, and the tables of docs/benchmarks.md from benchmarks/results;
+--fresh also renews the numbers that vary.
 """
 
 from __future__ import annotations
@@ -212,6 +213,8 @@ def _lines(text: str) -> list[str]:
     lines = [line.rstrip() for line in text.splitlines()]
     while lines and not lines[-1]:
         lines.pop()
+    while lines and not lines[0]:
+        lines.pop(0)
     return lines
 
 
@@ -224,8 +227,9 @@ def _compared(block: Block, what: str, shown: list[str], printed: list[str]) -> 
 
 
 def masked(line: str) -> str:
-    """The line without its numbers, and without the blanks that line them up."""
-    return " ".join(NUMBER.sub("#", line).split())
+    """The line without its numbers, units of time, and the blanks that line them up."""
+    words = " ".join(NUMBER.sub("#", line).split())
+    return re.sub(r"# (µs|ms|min # s)(?= |$)", "# s", words)
 
 
 def _matches(shown: list[str], printed: list[str]) -> bool:
@@ -307,7 +311,7 @@ def _cell(row: dict[str, Any], key: str, form: str) -> str:
 # ---- the pages, rewritten ----------------------------------------------------------------------
 
 
-def update(page: Path, qemu: bool) -> list[Mismatch]:
+def update(page: Path, qemu: bool, fresh: bool = False) -> list[Mismatch]:
     """Write what the examples of a page print into it, where it does not match."""
     new: list[tuple[Block, list[str]]] = []
     with tempfile.TemporaryDirectory() as scratch, in_folder(Path(scratch)):
@@ -315,7 +319,7 @@ def update(page: Path, qemu: bool) -> list[Mismatch]:
     stale = {w.where for w in wrong}
     lines = page.read_text().splitlines()
     for block, text in reversed(new):
-        if block.where in stale:
+        if block.where in stale or fresh:
             lines[block.first : block.end] = text
     page.write_text(with_tables("\n".join(lines) + "\n"))
     return wrong
@@ -345,6 +349,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", type=Path)
     parser.add_argument("--update", action="store_true", help="write the output into the pages")
+    parser.add_argument("--fresh", action="store_true", help="also renew numbers that vary")
     parser.add_argument("--no-qemu", action="store_true")
     args = parser.parse_args()
     sys.path.insert(0, str(REPO / "src"))
@@ -353,7 +358,7 @@ def main() -> None:
     failed = False
     for page in [p.resolve() for p in args.pages] or PAGES:
         if args.update:
-            wrong = update(page, qemu)
+            wrong = update(page, qemu, args.fresh)
         else:
             with tempfile.TemporaryDirectory() as scratch, in_folder(Path(scratch)):
                 wrong = run_page(page, qemu, lambda block, text: None)

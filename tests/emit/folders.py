@@ -9,14 +9,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from cases import Built
 
 import modicum as mo
 from modicum.job import Job, Result, decode
 from modicum.trace import Trace
-
-STEPS = 7
-
 
 class Workshop:
     """Makes folders under `root`; `pool` holds compiled kernels, shared by all test processes."""
@@ -37,10 +35,14 @@ class Workshop:
             self.keep(folder, variant)
         return done
 
-    def run(self, folder: Path, **more: object) -> Trace:
-        self.lend(folder, "host-parity")
-        trace = mo.run(folder, on="host", **more)  # type: ignore[arg-type]
-        self.keep(folder, "host-parity")
+    def run(self, folder: Path, on: str = "host", **more: object) -> Trace:
+        """A parity build, on the host without optimisation: its bits do not depend on it."""
+        self.lend(folder, f"{on}-parity")
+        with pytest.MonkeyPatch.context() as patch:
+            if on == "host":
+                patch.setenv("OPT", "-O0")
+            trace = mo.run(folder, on=on, **more)  # type: ignore[arg-type]
+        self.keep(folder, f"{on}-parity")
         return trace
 
     def lend(self, folder: Path, variant: str) -> None:
@@ -62,10 +64,6 @@ class Workshop:
             scratch.rename(self.pool / variant)
         except OSError:  # another test process was first
             shutil.rmtree(scratch)
-
-
-def order_of(n: int) -> list[int]:
-    return [i * 3 % n for i in range(n)]
 
 
 def execute(program: Path, job: Job, scratch: Path) -> tuple[Result | None, str]:

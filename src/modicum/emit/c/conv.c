@@ -6,135 +6,11 @@
        dw        dw[o][k] = sum over p of dy[p][o] x[p][k]
 
    A 1x1 convolution is one such product over all pixels; another is a product for each row of
-   pixels and kernel tap, or kernel row where its taps lie side by side in memory.  Every element
-   is summed in the order that mo_kernels.h states, whatever the tiles: where a sum is cut, its
-   first part waits in the output. */
+   pixels and kernel tap, or whole kernel rows where their taps lie side by side in memory. */
 #include <string.h>
 
+#include "mo_gemm.h"
 #include "mo_kernels.h"
-#include "mo_tile.h"
-
-typedef enum { MO_FROM_ZERO, MO_FROM_BIAS, MO_FROM_C } mo_start_t;
-
-/* c[m][n] = start + sum over run < runs, r < depth of a[run][m][r] b[run][r][n]; depth may be 0.
-   cm is the distance from c[m] to c[m + 1], and so on; a stride that a product fixes is unused. */
-typedef struct {
-  float *c;
-  const float *a, *b, *bias;
-  int32_t m, n, depth, runs;
-  int32_t cm, cn, am, ar, a_run, br, bn, b_run;
-  mo_start_t start;
-  int clamp;
-  float lo, hi;
-} mo_gemm_t;
-
-/* MO_ROWS(TILE) covers the rows of g with tiles of MO_TILE_ROWS and smaller. */
-#if MO_LANES == 1
-#define MO_TILE_ROWS 4
-#define MO_ROWS(TILE)                          \
-  int32_t m = 0;                               \
-  MO_LOOP for (; m + 4 <= g->m; m += 4) TILE(4);       \
-  for (; m < g->m; m++) TILE(1);
-#else
-#define MO_TILE_ROWS 8
-#define MO_ROWS(TILE)                          \
-  int32_t m = 0;                               \
-  MO_LOOP for (; m + 8 <= g->m; m += 8) TILE(8);       \
-  if (m + 4 <= g->m) {                         \
-    TILE(4);                                   \
-    m += 4;                                    \
-  }                                            \
-  if (m + 3 == g->m) TILE(3);                  \
-  if (m + 2 == g->m) TILE(2);                  \
-  if (m + 1 == g->m) TILE(1);
-#endif
-
-#if MO_LANES == 16
-#define MO_L 16
-#define MO_V 2
-#include "mo_gemm.h"
-#define MO_L 16
-#define MO_V 1
-#include "mo_gemm.h"
-#endif
-#if MO_LANES == 8
-#define MO_L 8
-#define MO_V 2
-#include "mo_gemm.h"
-#endif
-#if MO_LANES >= 8
-#define MO_L 8
-#define MO_V 1
-#include "mo_gemm.h"
-#endif
-#if MO_LANES == 4
-#define MO_L 4
-#define MO_V 2
-#include "mo_gemm.h"
-#endif
-#if MO_LANES >= 4
-#define MO_L 4
-#define MO_V 1
-#include "mo_gemm.h"
-#endif
-#if MO_LANES == 1
-#define MO_L 1
-#define MO_V 4
-#include "mo_gemm.h"
-#endif
-#define MO_L 1
-#define MO_V 1
-#include "mo_gemm.h"
-
-/* MO_DEPTH: how much of a sum is packed at a time; a panel takes 4 * MO_DEPTH * MO_WIDEST bytes of
-   stack, none with one lane. */
-#if MO_LANES == 1
-#define MO_WIDEST 4
-#define MO_DEPTH INT32_MAX
-#else
-#define MO_WIDEST (2 * MO_LANES)
-#define MO_DEPTH (8 * MO_LANES)
-#endif
-
-/* The widest panel that fits into `columns`. */
-static int32_t panel_width(int32_t columns) {
-  int32_t width = MO_WIDEST;
-  while (width > columns) width = width > 4 ? width / 2 : 1;
-  return width;
-}
-
-/* MO_PANEL(kernel, width, ...) calls the kernel for panels of that width. */
-#if MO_LANES == 16
-#define MO_PANEL(kernel, width, ...) \
-  switch (width) {                                     \
-    case 32: MO_JOIN(kernel, 16x2)(__VA_ARGS__); break;      \
-    case 16: MO_JOIN(kernel, 16x1)(__VA_ARGS__); break;      \
-    case 8: MO_JOIN(kernel, 8x1)(__VA_ARGS__); break;        \
-    case 4: MO_JOIN(kernel, 4x1)(__VA_ARGS__); break;        \
-    default: MO_JOIN(kernel, 1x1)(__VA_ARGS__); break;       \
-  }
-#elif MO_LANES == 8
-#define MO_PANEL(kernel, width, ...) \
-  switch (width) {                                     \
-    case 16: MO_JOIN(kernel, 8x2)(__VA_ARGS__); break;       \
-    case 8: MO_JOIN(kernel, 8x1)(__VA_ARGS__); break;        \
-    case 4: MO_JOIN(kernel, 4x1)(__VA_ARGS__); break;        \
-    default: MO_JOIN(kernel, 1x1)(__VA_ARGS__); break;       \
-  }
-#elif MO_LANES == 4
-#define MO_PANEL(kernel, width, ...) \
-  switch (width) {                                     \
-    case 8: MO_JOIN(kernel, 4x2)(__VA_ARGS__); break;        \
-    case 4: MO_JOIN(kernel, 4x1)(__VA_ARGS__); break;        \
-    default: MO_JOIN(kernel, 1x1)(__VA_ARGS__); break;       \
-  }
-#else
-#define MO_PANEL(kernel, width, ...) \
-  switch (width) {                                     \
-    case 4: MO_JOIN(kernel, 1x4)(__VA_ARGS__); break;        \
-    default: MO_JOIN(kernel, 1x1)(__VA_ARGS__); break;       \
-  }
-#endif
 
 /* A 1x1 convolution without stride or padding sees one long row of pixels. */
 static mo_conv_t flattened(const mo_conv_t *geometry) {
@@ -180,9 +56,9 @@ static void forward_row(mo_gemm_t *p, const part_t *part, float *y, const float 
       continue;
     }
 #if MO_LANES == 1
-    MO_PANEL(dot_, width, p, 0)
+    mo_dot(p, 0, width);
 #else
-    MO_PANEL(product_, width, p, 0)
+    mo_product(p, 0, width);
 #endif
   }
 }
@@ -205,7 +81,7 @@ void mo_conv2d_forward(float *y, const float *x, const float *w, const float *b,
   p.hi = hi;
   for (int32_t o = 0, width; o < g.out_c; o += width) {
     const int32_t group = o / out_channels;
-    width = panel_width((group + 1) * out_channels - o);
+    width = mo_panel_width((group + 1) * out_channels - o);
     p.start = b ? MO_FROM_BIAS : MO_FROM_ZERO;
     p.bias = b ? b + o : NULL;
     for (part.kh = 0; part.kh < g.k_h; part.kh += part.rows)
@@ -221,7 +97,7 @@ void mo_conv2d_forward(float *y, const float *x, const float *w, const float *b,
 #else
           float panel[MO_DEPTH * MO_WIDEST];
           const int32_t depth = (part.rows - 1) * w_row + part.k1 - part.k0;
-          MO_PANEL(pack_, width, panel, columns, w_stride, depth)
+          mo_pack(panel, columns, w_stride, depth, width);
           columns = panel;
           p.br = width;
           p.b_run = w_row * width;
@@ -261,17 +137,12 @@ void mo_conv2d_dx(float *dx, const float *dy, const float *w, const mo_conv_t *g
         p.a = dy + (oy * g.out_w + seen.begin) * g.out_c + group * out_channels;
         p.b = w + (group * out_channels * taps + tap) * channels;
         for (int32_t k = 0, width; k < channels; k += width) {
-          width = panel_width(channels - k);
-          MO_PANEL(product_, width, &p, k)
+          width = mo_panel_width(channels - k);
+          mo_product(&p, k, width);
         }
       }
     }
   }
-}
-
-/* Vector operations that cover n columns of one row. */
-static int32_t operations(int32_t n) {
-  return n / MO_LANES + (n % MO_LANES) / 4 + n % 4;
 }
 
 /* One pixel: dw[o][k] = dy[o] x[k], which is all moving of memory */
@@ -279,11 +150,35 @@ static void outer_product(float *dw, const float *dy, const float *x, int32_t ro
                           int accumulate) {
   for (int32_t o = 0; o < rows; o++, dw += columns) {
     const float d = dy[o];
-    if (accumulate)
-      MO_LOOP for (int32_t k = 0; k < columns; k++) dw[k] += d * x[k];
-    else
-      MO_LOOP for (int32_t k = 0; k < columns; k++) dw[k] = 0.0f + d * x[k];
+    int32_t k = 0;
+#define ADD(L) MO_STORE(L, dw + k, MO_LOAD(L, dw + k) + d * MO_LOAD(L, x + k));
+#define SET(L) MO_STORE(L, dw + k, d * MO_LOAD(L, x + k));
+    if (accumulate) {
+      MO_EACH(k, columns, ADD)
+    } else {
+      MO_EACH(k, columns, SET)
+    }
+#undef ADD
+#undef SET
   }
+}
+
+/* One side of the sum over pixels: `count` values of each pixel, the distances from pixel to pixel
+   and from row to row, and the distance in dw from one value's results to the next's. */
+typedef struct {
+  const float *first;
+  int32_t count, pixel, row, result;
+} side_t;
+
+/* Vector operations for n columns side by side */
+static int32_t operations(int32_t n) {
+  return n / MO_LANES + (n % MO_LANES) / 4 + n % 4;
+}
+
+/* Lanes lie along the input channels, unless the output channels fill them better, even with the
+   results scattered over dw. */
+static int swapped(int32_t out, int32_t in, int32_t pixels) {
+  return MO_LANES > 1 && operations(in) * out - operations(out) * in > 2 * out * in / pixels;
 }
 
 void mo_conv2d_dw(float *dw, const float *dy, const float *x, const mo_conv_t *geometry,
@@ -292,7 +187,7 @@ void mo_conv2d_dw(float *dw, const float *dy, const float *x, const mo_conv_t *g
   const int32_t channels = g.in_c / g.groups, out_channels = g.out_c / g.groups;
   const int32_t taps = g.k_h * g.k_w, pixels = g.out_h * g.out_w;
   mo_gemm_t p = {0};
-  if (g.groups == 1 && pixels == 1 && taps == 1) {
+  if (g.groups == 1 && taps == 1 && pixels == 1) {
     outer_product(dw, dy + row0, x, row1 - row0, channels, accumulate);
     return;
   }
@@ -300,37 +195,36 @@ void mo_conv2d_dw(float *dw, const float *dy, const float *x, const mo_conv_t *g
   for (int32_t o = row0, rows; o < row1; o += rows) {
     const int32_t group = o / out_channels;
     rows = mo_min(row1, (group + 1) * out_channels) - o;
-    /* Lanes lie along the input channels, unless the output channels fill them better, even
-       with the results scattered over dw. */
-    const int swap = operations(channels) * rows * pixels >
-                     (operations(rows) * pixels + 2 * rows) * channels;
     for (int32_t tap = 0; tap < taps; tap++) {
       const int32_t offset_h = tap / g.k_w * g.dil_h - g.pad_t;
       const int32_t offset_w = tap % g.k_w * g.dil_w - g.pad_l;
       const mo_range_t seen_h = mo_outputs_inside(offset_h, g.stride_h, g.in_h, g.out_h);
       const mo_range_t seen_w = mo_outputs_inside(offset_w, g.stride_w, g.in_w, g.out_w);
-      const float *dy0 = dy + o, *x0 = x + group * channels;
+      side_t out = {dy + o, rows, g.out_c, g.out_w * g.out_c, taps * channels};
+      side_t in = {x + group * channels, channels, g.stride_w * g.in_c,
+                   g.stride_h * g.in_w * g.in_c, 1};
+      const int swap = swapped(rows, channels, pixels);
       p.runs = seen_h.end - seen_h.begin;
       p.depth = p.runs > 0 ? seen_w.end - seen_w.begin : 0;
       if (p.depth > 0) {
-        dy0 += (seen_h.begin * g.out_w + seen_w.begin) * g.out_c;
-        x0 += ((seen_h.begin * g.stride_h + offset_h) * g.in_w +
-               seen_w.begin * g.stride_w + offset_w) * g.in_c;
+        out.first += seen_h.begin * out.row + seen_w.begin * out.pixel;
+        in.first += (seen_h.begin * g.stride_h + offset_h) * g.in_w * g.in_c +
+                    (seen_w.begin * g.stride_w + offset_w) * g.in_c;
       }
+      const side_t *m = swap ? &in : &out, *n = swap ? &out : &in;
       p.c = dw + ((o - row0) * taps + tap) * channels;
-      p.a = swap ? x0 : dy0;
-      p.b = swap ? dy0 : x0;
-      p.m = swap ? channels : rows;
-      p.n = swap ? rows : channels;
-      p.cm = swap ? 1 : taps * channels;
-      p.cn = swap ? taps * channels : 1;
-      p.ar = swap ? g.stride_w * g.in_c : g.out_c;
-      p.br = swap ? g.out_c : g.stride_w * g.in_c;
-      p.a_run = swap ? g.stride_h * g.in_w * g.in_c : g.out_w * g.out_c;
-      p.b_run = swap ? g.out_w * g.out_c : g.stride_h * g.in_w * g.in_c;
-      for (int32_t n = 0, width; n < p.n; n += width) {
-        width = panel_width(p.n - n);
-        MO_PANEL(outer_, width, &p, n)
+      p.m = m->count;
+      p.cm = m->result;
+      p.cn = n->result;
+      p.a = m->first;
+      p.ar = m->pixel;
+      p.a_run = m->row;
+      p.b = n->first;
+      p.br = n->pixel;
+      p.b_run = n->row;
+      for (int32_t column = 0, width; column < n->count; column += width) {
+        width = mo_panel_width(n->count - column);
+        mo_outer(&p, column, width);
       }
     }
   }

@@ -1,159 +1,11 @@
-/* Depthwise convolutions: lanes lie along the channels.  The forward pass and dX are the same
-   stencil along a row of pixels,
-
-       out[p] = start + sum over rows i and taps j of in[i][x0 + p * step + j * tap] w[i][j],
-
-   which for dX walks back through dy, once for each phase of the stride. */
+/* Depthwise convolutions.  The forward pass and dX are the same stencil along a row of pixels; for
+   dX it walks back through dy, once for each phase of the stride. */
+#include "mo_depthwise.h"
 #include "mo_kernels.h"
-#include "mo_tile.h"
-
-typedef struct {
-  float *out;
-  const float *in, *w, *bias; /* of the first row; bias may be NULL */
-  int32_t count, out_step;    /* outputs, and floats from one to the next */
-  int32_t x0, step, tap, in_w; /* columns of the input, of which those in [0, in_w) exist */
-  int32_t rows, taps;
-  int32_t in_row, w_row, w_tap; /* floats */
-  int32_t c;
-  int accumulate, clamp;
-  float lo, hi;
-} stencil_t;
-
-/* dw[t] = sum over rows and outputs p of dy[row][p] x[row][x0 + p * step + t * tap] */
-typedef struct {
-  float *dw;
-  const float *dy, *x;
-  int32_t x0, step, tap, in_w, out_w;
-  int32_t rows, taps, x_row, c;
-  int accumulate;
-} gradient_t;
-
-#if MO_LANES == 1
-#define MO_TILE_PIXELS 4
-#define MO_TILE_TAPS 3
-#define MO_DENSE 99
-#else
-#define MO_TILE_PIXELS 8
-#define MO_TILE_TAPS 7
-#define MO_DENSE (MO_LANES > 8 ? 8 : MO_LANES)
-#define MO_L MO_LANES
-#define MO_V 4
-#include "mo_depthwise.h"
-#endif
-#if MO_LANES == 16
-#define MO_L 16
-#define MO_V 1
-#include "mo_depthwise.h"
-#endif
-#if MO_LANES >= 8
-#define MO_L 8
-#define MO_V 1
-#include "mo_depthwise.h"
-#endif
-#if MO_LANES >= 4
-#define MO_L 4
-#define MO_V 1
-#include "mo_depthwise.h"
-#else
-#define MO_L 1
-#define MO_V 4
-#include "mo_depthwise.h"
-#endif
-#define MO_L 1
-#define MO_V 1
-#include "mo_depthwise.h"
-
-/* The channels from `channel` on of outputs p0 .. p1, which all have the taps j0 .. j1 */
-static void stencil(const stencil_t *s, int32_t channel, int32_t p0, int32_t p1, int32_t j0,
-                    int32_t j1) {
-#if MO_LANES > 1
-  if (channel + 4 * MO_LANES <= s->c)
-    channel = MO_JOIN(MO_JOIN(stencil_, MO_LANES), x4)(s, channel, p0, p1, j0, j1);
-#endif
-#if MO_LANES == 16
-  if (channel + 16 <= s->c) channel = stencil_16x1(s, channel, p0, p1, j0, j1);
-#endif
-#if MO_LANES >= 8
-  if (channel + 8 <= s->c) channel = stencil_8x1(s, channel, p0, p1, j0, j1);
-#endif
-#if MO_LANES >= 4
-  if (channel + 4 <= s->c) channel = stencil_4x1(s, channel, p0, p1, j0, j1);
-#else
-  if (channel + 4 <= s->c) channel = stencil_1x4(s, channel, p0, p1, j0, j1);
-#endif
-  if (channel < s->c) stencil_1x1(s, channel, p0, p1, j0, j1);
-}
-
-static void gradient(const gradient_t *s) {
-  int32_t channel = 0;
-#if MO_LANES == 16
-  if (channel + 16 <= s->c) channel = gradient_16x1(s, channel);
-#endif
-#if MO_LANES >= 8
-  if (channel + 8 <= s->c) channel = gradient_8x1(s, channel);
-#endif
-#if MO_LANES >= 4
-  if (channel + 4 <= s->c) channel = gradient_4x1(s, channel);
-#else
-  if (channel + 4 <= s->c) channel = gradient_1x4(s, channel);
-#endif
-  if (channel < s->c) gradient_1x1(s, channel);
-}
-
-#if MO_LANES > 1
-/* Whether a tile is made for these taps: their columns coincide with those of the next outputs. */
-static int is_dense(const stencil_t *s, int32_t stride) {
-  if (stride * mo_max(s->tap, -s->tap) != s->step) return 0;
-  return stride == 1 ? s->taps >= 1 && s->taps <= 7 && s->taps != 6
-                     : stride == 2 && (s->taps == 3 || s->taps == 5 || s->taps == 7);
-}
-
-/* The first outputs, in tiles of 8 and 4, of as many channels as MO_DENSE divides; returns how
-   many outputs. */
-static int32_t dense(const stencil_t *s) {
-  const int32_t stride = s->step / mo_max(s->tap, -s->tap);
-  int32_t first = 0;
-  if (!is_dense(s, stride)) return 0;
-  for (int32_t pixels = 8; pixels >= 4; pixels -= 4)
-    for (; first + pixels <= s->count; first += pixels) {
-      const int32_t origin = s->tap < 0 ? first + pixels - 1 : first;
-      const mo_range_t columns = mo_taps_inside(s->x0 + origin * s->step, s->tap,
-                                             (pixels - 1) * stride + s->taps, s->in_w);
-      const int32_t t0 = columns.begin, t1 = columns.end;
-      int32_t channel = 0;
-#if MO_LANES == 16
-      if (channel + 16 <= s->c) channel = dense_16x1(s, channel, stride, pixels, first, t0, t1);
-#endif
-#if MO_LANES >= 8
-      if (channel + 8 <= s->c) dense_8x1(s, channel, stride, pixels, first, t0, t1);
-#else
-      if (channel + 4 <= s->c) dense_4x1(s, channel, stride, pixels, first, t0, t1);
-#endif
-    }
-  return first;
-}
-#endif
-
-static void stencil_row(const stencil_t *s) {
-  const int32_t span = (s->taps - 1) * s->tap; /* from the first tap to the last */
-  const mo_range_t whole = mo_outputs_inside(s->x0 + mo_min(span, 0), s->step,
-                                             s->in_w - mo_max(span, -span), s->count);
-#if MO_LANES > 1
-  const int32_t done = dense(s), left = s->c % MO_DENSE;
-#else
-  const int32_t done = 0, left = 0;
-#endif
-  for (int32_t p = left > 0 ? 0 : done, end; p < s->count; p = end) {
-    const mo_range_t taps = mo_taps_inside(s->x0 + p * s->step, s->tap, s->taps, s->in_w);
-    end = p >= whole.begin && p + 4 <= whole.end ? whole.end - (whole.end - p) % 4 : p + 1;
-    if (p < done) end = mo_min(end, done);
-    stencil(s, p < done ? s->c - left : 0, p, end, taps.begin, taps.end);
-  }
-}
 
 void mo_depthwise_forward(float *y, const float *x, const float *w, const float *b,
                           const mo_conv_t *g, float lo, float hi) {
-  stencil_t s = {0};
+  mo_stencil_t s = {0};
   s.c = g->in_c;
   s.bias = b;
   s.count = g->out_w;
@@ -177,7 +29,7 @@ void mo_depthwise_forward(float *y, const float *x, const float *w, const float 
     s.in = x;
     s.w = w + rows.begin * s.w_row;
     if (s.rows > 0) s.in += (iy + rows.begin * g->dil_h) * g->in_w * s.c;
-    stencil_row(&s);
+    mo_stencil_row(&s);
   }
 }
 
@@ -201,7 +53,7 @@ static phase_t phase_of(int32_t i, int32_t k, int32_t stride, int32_t pad, int32
 
 void mo_depthwise_dx(float *dx, const float *dy, const float *w, const mo_conv_t *g,
                      int accumulate) {
-  stencil_t s = {0};
+  mo_stencil_t s = {0};
   s.c = g->in_c;
   s.out_step = g->stride_w * s.c;
   s.step = 1;
@@ -226,14 +78,14 @@ void mo_depthwise_dx(float *dx, const float *dy, const float *w, const mo_conv_t
       if (s.rows > 0 && s.taps > 0)
         s.w += ((row.first + rows.begin * row.step) * g->k_w + col.first) * s.c;
       s.w_tap = col.step * s.c;
-      stencil_row(&s);
+      mo_stencil_row(&s);
     }
   }
 }
 
 void mo_depthwise_dw(float *dw, const float *dy, const float *x, const mo_conv_t *g, int32_t row0,
                      int32_t row1, int accumulate) {
-  gradient_t s = {0};
+  mo_taps_t s = {0};
   s.c = g->in_c;
   s.step = g->stride_w;
   s.tap = g->dil_w;
@@ -249,14 +101,10 @@ void mo_depthwise_dw(float *dw, const float *dy, const float *x, const mo_conv_t
     s.x = x;
     if (s.rows > 0) s.x += (seen.begin * g->stride_h + iy) * g->in_w * s.c;
     for (int32_t kw = 0; kw < g->k_w; kw += s.taps) {
-      const int32_t left = g->k_w - kw;
-      if (MO_LANES > 1 && left >= 5)
-        s.taps = left >= 7 ? 7 : 5;
-      else
-        s.taps = mo_min(left, left == 4 ? 2 : 3);
+      s.taps = mo_tile_taps(g->k_w - kw);
       s.x0 = kw * s.tap - g->pad_l;
       s.dw = dw + ((kh - row0) * g->k_w + kw) * s.c;
-      gradient(&s);
+      mo_taps(&s);
     }
   }
 }

@@ -47,7 +47,7 @@ float mo_exp(float x) {
   return p * power_of_two(n / 2) * power_of_two(n - n / 2);
 }
 
-/* log(x) = e ln 2 + log(m), m in [sqrt(1/2), sqrt(2)); log(m) = 2 atanh(s), s = (m - 1) / (m + 1) */
+/* log(x) = e ln 2 + log(m), m in [sqrt(1/2), sqrt(2)]; log(m) = 2 atanh((m - 1) / (m + 1)) */
 float mo_log(float x) {
   const uint32_t bits = to_bits(x);
   if (bits >= INFINITE) /* infinite, NaN or negative */

@@ -1,170 +1,164 @@
-/* Template: tiles of depthwise convolutions.  depthwise.c includes it once for each pair of MO_L,
-   the lanes of a vector, and MO_V, the vectors side by side; a panel is MO_V * MO_L channels. */
-#define VEC MO_JOIN(mo_f, MO_L)
-#define NAME(stem) MO_JOIN(MO_JOIN(stem, MO_L), MO_JOIN(x, MO_V))
+/* The two loops that all of depthwise.c comes down to, by tiles that stay in registers, with lanes
+   along the channels. */
+#ifndef MO_DEPTHWISE_H
+#define MO_DEPTHWISE_H
 
-/* P outputs from `first` on, from the taps j0 .. j1 of every row */
-MO_INLINE void NAME(outputs_)(const int P, const stencil_t *s, const int32_t channel,
-                              const int32_t first, const int32_t j0, const int32_t j1) {
-  VEC sum[MO_TILE_PIXELS][MO_V];
-  const int32_t out_step = s->out_step, step = s->step * s->c, tap = s->tap * s->c;
-  const int32_t in_row = s->in_row, w_row = s->w_row, w_tap = s->w_tap, rows = s->rows;
-  const float *in = s->in + (s->x0 + first * s->step) * s->c + channel, *w = s->w + channel;
-  float *out = s->out + first * out_step + channel;
-  if (s->accumulate) {
-    MO_UNROLL for (int p = 0; p < P; p++)
-      MO_UNROLL for (int v = 0; v < MO_V; v++)
-        sum[p][v] = MO_LOAD(MO_L, out + p * out_step + v * MO_L);
-  } else {
-    VEC start[MO_V] = {0};
-    if (s->bias)
-      MO_UNROLL for (int v = 0; v < MO_V; v++)
-        start[v] = MO_LOAD(MO_L, s->bias + channel + v * MO_L);
-    MO_UNROLL for (int p = 0; p < P; p++)
-      MO_UNROLL for (int v = 0; v < MO_V; v++) sum[p][v] = start[v];
-  }
-  MO_LOOP for (int32_t i = 0; i < rows; i++, in += in_row, w += w_row)
-    MO_LOOP for (int32_t j = j0; j < j1; j++)
-      MO_UNROLL for (int v = 0; v < MO_V; v++) {
-        const VEC weight = MO_LOAD(MO_L, w + j * w_tap + v * MO_L);
-        MO_UNROLL for (int p = 0; p < P; p++)
-          sum[p][v] += MO_LOAD(MO_L, in + j * tap + p * step + v * MO_L) * weight;
-      }
-  if (s->clamp)
-    MO_UNROLL for (int p = 0; p < P; p++)
-      MO_UNROLL for (int v = 0; v < MO_V; v++) MO_CLAMP(MO_L, sum[p][v], s->lo, s->hi);
-  MO_UNROLL for (int p = 0; p < P; p++)
-    MO_UNROLL for (int v = 0; v < MO_V; v++)
-      MO_STORE(MO_L, out + p * out_step + v * MO_L, sum[p][v]);
-}
+#include <stddef.h>
 
-/* Outputs p0 .. p1 in as many panels as fit from `channel`; returns the first channel left. */
-MO_NOINLINE int32_t NAME(stencil_)(const stencil_t *s, int32_t channel, const int32_t p0,
-                                   const int32_t p1, const int32_t j0, const int32_t j1) {
-  MO_LOOP for (; channel + MO_V * MO_L <= s->c; channel += MO_V * MO_L) {
-    int32_t p = p0;
-#if MO_LANES == 1 && MO_V == 4
-    MO_LOOP for (; p + 4 <= p1; p += 4) NAME(outputs_)(4, s, channel, p, j0, j1);
+#include "mo_tile.h"
+
+/* A row of outputs from several rows of inputs (forward, dX):
+   out[p] = start + sum over rows i and taps j of in[i][x0 + p * step + j * tap] w[i][j] */
+typedef struct {
+  float *out;
+  const float *in, *w;          /* column 0 of the first row of in, tap 0 of that of w */
+  const float *bias;            /* start; NULL: 0, or out with accumulate */
+  int32_t count, out_step;      /* outputs, and floats from one to the next */
+  int32_t x0, step, tap, in_w;  /* in columns; those outside [0, in_w) are left out */
+  int32_t rows, taps;           /* either may be 0 */
+  int32_t in_row, w_row, w_tap; /* in floats; in_row may be negative, as tap */
+  int32_t c;
+  int accumulate, clamp;
+  float lo, hi;
+} mo_stencil_t;
+
+/* Neighbouring taps of one kernel row of dw:
+   dw[t] = start + sum over rows and outputs p of dy[row][p] x[row][x0 + p * step + t * tap] */
+typedef struct {
+  float *dw;
+  const float *dy, *x;
+  int32_t x0, step, tap, in_w, out_w; /* in columns, as above */
+  int32_t rows, taps;
+  int32_t x_row, c; /* in floats */
+  int accumulate;
+} mo_taps_t;
+
+/* The panels, X(channels, lanes x vectors), widest first: MO_CHANNELS for all; MO_WIDE before them
+   for outputs taken one by one; MO_DENSE_CHANNELS for outputs whose taps share columns, of which
+   MO_DENSE is the narrowest */
+#if MO_LANES == 16
+#define MO_CHANNELS(X) X(16, 16x1) X(8, 8x1) X(4, 4x1) X(1, 1x1)
+#define MO_WIDE(X) X(64, 16x4)
+#define MO_DENSE_CHANNELS(X) X(16, 16x1) X(8, 8x1)
+#define MO_DENSE 8
+#elif MO_LANES == 8
+#define MO_CHANNELS(X) X(8, 8x1) X(4, 4x1) X(1, 1x1)
+#define MO_WIDE(X) X(32, 8x4)
+#define MO_DENSE_CHANNELS(X) X(8, 8x1)
+#define MO_DENSE 8
+#elif MO_LANES == 4
+#define MO_CHANNELS(X) X(4, 4x1) X(1, 1x1)
+#define MO_WIDE(X) X(16, 4x4)
+#define MO_DENSE_CHANNELS(X) X(4, 4x1)
+#define MO_DENSE 4
+#else
+#define MO_CHANNELS(X) X(4, 1x4) X(1, 1x1)
+#define MO_WIDE(X)
+#define MO_DENSE 1
 #endif
-    MO_LOOP for (; p < p1; p++) NAME(outputs_)(1, s, channel, p, j0, j1);
-  }
-  return channel;
-}
+#define MO_TILE_PIXELS (MO_LANES > 1 && MO_REGISTERS > 8 ? 8 : 4)
+#define MO_TILE_TAPS (MO_LANES > 1 ? 7 : 3)
 
-#if MO_L >= MO_DENSE && MO_V == 1
-/* P outputs from `first` on whose K taps share columns: output p sees columns S * p .. S * p + K,
-   of which t0 .. t1 exist, and each is loaded once for all outputs that see it.  Where the taps
-   go backward so do the outputs here, and every sum still takes its taps in order. */
-MO_INLINE void NAME(columns_)(const int K, const int S, const int P, const stencil_t *s,
-                              const int32_t channel, const int32_t first, const int32_t t0,
-                              const int32_t t1) {
-  VEC sum[MO_TILE_PIXELS];
-  const ptrdiff_t column = s->tap * s->c, in_row = s->in_row, w_row = s->w_row, w_tap = s->w_tap;
-  const ptrdiff_t out_step = s->tap < 0 ? -s->out_step : s->out_step;
-  const int32_t origin = s->tap < 0 ? first + P - 1 : first, rows = s->rows;
-  const float *in = s->in + (s->x0 + origin * s->step) * s->c + channel, *w = s->w + channel;
-  float *out = s->out + origin * s->out_step + channel;
-  if (s->accumulate) {
-    MO_UNROLL for (int p = 0; p < P; p++) sum[p] = MO_LOAD(MO_L, out + p * out_step);
-  } else {
-    VEC start = {0};
-    if (s->bias) start = MO_LOAD(MO_L, s->bias + channel);
-    MO_UNROLL for (int p = 0; p < P; p++) sum[p] = start;
-  }
-  MO_LOOP for (int32_t i = 0; i < rows; i++, in += in_row, w += w_row) {
-    VEC weight[MO_TILE_TAPS];
-    MO_UNROLL for (int j = 0; j < K; j++) weight[j] = MO_LOAD(MO_L, w + j * w_tap);
-    MO_UNROLL for (int t = 0; t < (P - 1) * S + K; t++)
-      if (t >= t0 && t < t1) {
-        const VEC x = MO_LOAD(MO_L, in + t * column);
-        MO_UNROLL for (int j = 0; j < K; j++)
-          if (t >= j && (t - j) % S == 0 && (t - j) / S < P) sum[(t - j) / S] += x * weight[j];
-      }
-  }
-  if (s->clamp)
-    MO_UNROLL for (int p = 0; p < P; p++) MO_CLAMP(MO_L, sum[p], s->lo, s->hi);
-  MO_UNROLL for (int p = 0; p < P; p++) MO_STORE(MO_L, out + p * out_step, sum[p]);
-}
-
-MO_NOINLINE int32_t NAME(dense_)(const stencil_t *s, int32_t channel, const int32_t stride,
-                                 const int32_t pixels, const int32_t first, const int32_t t0,
-                                 const int32_t t1) {
-  MO_LOOP for (; channel + MO_L <= s->c; channel += MO_L) switch (s->taps * 100 + stride * 10 + pixels) {
-#define CASE(K, S, P)                                            \
-  case K * 100 + S * 10 + P:                                     \
-    NAME(columns_)(K, S, P, s, channel, first, t0, t1);          \
-    break;
-#define CASES(K, S) CASE(K, S, 8) CASE(K, S, 4)
-      CASES(1, 1)
-      CASES(2, 1)
-      CASES(3, 1)
-      CASES(4, 1)
-      CASES(5, 1)
-      CASES(7, 1)
-      CASES(3, 2)
-      CASES(5, 2)
-      CASES(7, 2)
-#undef CASES
-#undef CASE
-    }
-  return channel;
-}
-#endif
-
-#if MO_L == 1 || MO_V == 1
-/* T neighbouring taps of one row of dw */
-MO_INLINE void NAME(taps_)(const int T, const gradient_t *s, const int32_t channel) {
-  VEC sum[MO_TILE_TAPS][MO_V];
-  float *dw = s->dw + channel;
-  const int32_t c = s->c, tap = s->tap * c;
-  const mo_range_t whole =
-      mo_outputs_inside(s->x0, s->step, s->in_w - (T - 1) * s->tap, s->out_w);
-  MO_UNROLL for (int t = 0; t < T; t++)
-    MO_UNROLL for (int v = 0; v < MO_V; v++) {
-      sum[t][v] = (VEC){0};
-      if (s->accumulate) sum[t][v] = MO_LOAD(MO_L, dw + t * c + v * MO_L);
-    }
-  MO_LOOP for (int32_t row = 0; row < s->rows; row++) {
-    const float *dy = s->dy + row * s->out_w * c + channel;
-    const float *x = s->x + row * s->x_row + channel;
-    MO_LOOP for (int32_t p = 0; p < s->out_w; p++) {
-      const int32_t ix = s->x0 + p * s->step;
-      VEC d[MO_V];
-      MO_UNROLL for (int v = 0; v < MO_V; v++) d[v] = MO_LOAD(MO_L, dy + p * c + v * MO_L);
-      if (whole.begin <= p && p < whole.end) {
-        MO_UNROLL for (int t = 0; t < T; t++)
-          MO_UNROLL for (int v = 0; v < MO_V; v++)
-            sum[t][v] += d[v] * MO_LOAD(MO_L, x + ix * c + t * tap + v * MO_L);
-      } else {
-        MO_UNROLL for (int t = 0; t < T; t++)
-          if (ix + t * s->tap >= 0 && ix + t * s->tap < s->in_w)
-            MO_UNROLL for (int v = 0; v < MO_V; v++)
-              sum[t][v] += d[v] * MO_LOAD(MO_L, x + ix * c + t * tap + v * MO_L);
-      }
-    }
-  }
-  MO_UNROLL for (int t = 0; t < T; t++)
-    MO_UNROLL for (int v = 0; v < MO_V; v++)
-      MO_STORE(MO_L, dw + t * c + v * MO_L, sum[t][v]);
-}
-
-/* The same in as many panels as fit from `channel`; returns the first channel that is left. */
-MO_NOINLINE int32_t NAME(gradient_)(const gradient_t *s, int32_t channel) {
-  MO_LOOP for (; channel + MO_V * MO_L <= s->c; channel += MO_V * MO_L) switch (s->taps) {
 #if MO_LANES > 1
-      case 7: NAME(taps_)(7, s, channel); break;
-      case 5: NAME(taps_)(5, s, channel); break;
+#define MO_L MO_LANES
+#define MO_V 4
+#include "mo_depthwise_tile.h"
 #endif
-      case 3: NAME(taps_)(3, s, channel); break;
-      case 2: NAME(taps_)(2, s, channel); break;
-      default: NAME(taps_)(1, s, channel); break;
+#if MO_LANES == 16
+#define MO_L 16
+#define MO_V 1
+#include "mo_depthwise_tile.h"
+#endif
+#if MO_LANES >= 8
+#define MO_L 8
+#define MO_V 1
+#include "mo_depthwise_tile.h"
+#endif
+#if MO_LANES >= 4
+#define MO_L 4
+#define MO_V 1
+#include "mo_depthwise_tile.h"
+#else
+#define MO_L 1
+#define MO_V 4
+#include "mo_depthwise_tile.h"
+#endif
+#define MO_L 1
+#define MO_V 1
+#include "mo_depthwise_tile.h"
+
+/* The channels from `channel` on of outputs p0 .. p1, which all have the taps j0 .. j1 */
+static void mo_stencil_part(const mo_stencil_t *s, int32_t channel, int32_t p0, int32_t p1,
+                            int32_t j0, int32_t j1) {
+#define PANEL(channels, shape) \
+  if (channel + channels <= s->c) channel = stencil_##shape(s, channel, p0, p1, j0, j1);
+  MO_WIDE(PANEL)
+  MO_CHANNELS(PANEL)
+#undef PANEL
+}
+
+#if MO_LANES > 1
+/* Whether the columns of an output's taps coincide with those of the next outputs, and there is a
+   tile for so many taps */
+static int mo_is_dense(const mo_stencil_t *s, int32_t stride) {
+  if (stride * mo_max(s->tap, -s->tap) != s->step) return 0;
+  if (stride == 1) return s->taps >= 1 && s->taps <= 7 && s->taps != 6;
+  return stride == 2 && (s->taps == 3 || s->taps == 5 || s->taps == 7);
+}
+
+/* The first outputs in tiles of 8 and 4, in the channels that MO_DENSE divides; returns how many
+   outputs that were. */
+static int32_t mo_stencil_dense(const mo_stencil_t *s) {
+  const int32_t stride = s->step / mo_max(s->tap, -s->tap);
+  int32_t first = 0;
+  if (!mo_is_dense(s, stride)) return 0;
+  for (int32_t pixels = MO_TILE_PIXELS; pixels >= 4; pixels -= 4)
+    for (; first + pixels <= s->count; first += pixels) {
+      const int32_t origin = s->tap < 0 ? first + pixels - 1 : first;
+      const int32_t x = s->x0 + origin * s->step, columns = (pixels - 1) * stride + s->taps;
+      const mo_range_t t = mo_taps_inside(x, s->tap, columns, s->in_w);
+      int32_t channel = 0;
+#define PANEL(channels, shape)    \
+  if (channel + channels <= s->c) \
+    channel = dense_##shape(s, channel, stride, pixels, first, t.begin, t.end);
+      MO_DENSE_CHANNELS(PANEL)
+#undef PANEL
     }
-  return channel;
+  return first;
+}
+#else
+static int32_t mo_stencil_dense(const mo_stencil_t *s) {
+  (void)s;
+  return 0;
+}
+#endif
+
+/* A row of outputs; those that lie inside with all their taps go in fours where they can. */
+static void mo_stencil_row(const mo_stencil_t *s) {
+  const int32_t dense = mo_stencil_dense(s), left = s->c % MO_DENSE;
+  const int32_t span = (s->taps - 1) * s->tap; /* from the first tap to the last */
+  const mo_range_t whole = mo_outputs_inside(s->x0 + mo_min(span, 0), s->step,
+                                             s->in_w - mo_max(span, -span), s->count);
+  for (int32_t p = left > 0 ? 0 : dense, end; p < s->count; p = end) {
+    const mo_range_t taps = mo_taps_inside(s->x0 + p * s->step, s->tap, s->taps, s->in_w);
+    end = p >= whole.begin && p + 4 <= whole.end ? whole.end - (whole.end - p) % 4 : p + 1;
+    if (p < dense) end = mo_min(end, dense);
+    mo_stencil_part(s, p < dense ? s->c - left : 0, p, end, taps.begin, taps.end);
+  }
+}
+
+static void mo_taps(const mo_taps_t *s) {
+  int32_t channel = 0;
+#define PANEL(channels, shape) \
+  if (channel + channels <= s->c) channel = gradient_##shape(s, channel);
+  MO_CHANNELS(PANEL)
+#undef PANEL
+}
+
+/* The most taps, of `left`, that there is a tile for */
+static int32_t mo_tile_taps(int32_t left) {
+  if (MO_TILE_TAPS == 7 && left >= 5) return left >= 7 ? 7 : 5;
+  return mo_min(left, left == 4 ? 2 : 3);
 }
 
 #endif
-
-#undef VEC
-#undef NAME
-#undef MO_L
-#undef MO_V

@@ -1,112 +1,162 @@
-/* Template: register tiles of a matrix product.  conv.c includes it once for each pair of MO_L, the
-   lanes of a vector, and MO_V, the vectors side by side; a panel is MO_V * MO_L columns wide. */
-#define VEC MO_JOIN(mo_f, MO_L)
-#define NAME(stem) MO_JOIN(MO_JOIN(stem, MO_L), MO_JOIN(x, MO_V))
+/* Products of strided matrices, by tiles that stay in registers:
 
-/* One row of a panel, MO_V vectors; cn is the distance between columns. */
-MO_INLINE void NAME(load_)(VEC *row, const float *c, const int32_t cn) {
-  MO_UNROLL for (int v = 0; v < MO_V; v++) {
-    float t[MO_L];
-    if (cn != 1)
-      MO_LOOP for (int n = 0; n < MO_L; n++) t[n] = c[(v * MO_L + n) * cn];
-    row[v] = MO_LOAD(MO_L, cn == 1 ? c + v * MO_L : t);
+       c[m][n] = start + sum over run < runs, r < depth of a[run][m][r] b[run][r][n]
+
+   A tile is a few rows of one panel; a panel is one or two vectors of columns.  Each element is
+   summed in the order of (run, r), and all tiles and lanes do is to choose which elements are
+   summed side by side.  Where the sum is cut in parts, the first ones wait in c. */
+#ifndef MO_GEMM_H
+#define MO_GEMM_H
+
+#include "mo_tile.h"
+
+typedef enum { MO_FROM_ZERO, MO_FROM_BIAS, MO_FROM_C } mo_start_t;
+
+/* cm is the distance from c[m] to c[m + 1], and so on; a stride that a kernel fixes at 1 is unused.
+   runs >= 1, depth >= 0. */
+typedef struct {
+  float *c;
+  const float *a, *b, *bias;
+  int32_t m, depth, runs;
+  int32_t cm, cn, am, ar, a_run, br, bn, b_run;
+  mo_start_t start;
+  int clamp; /* the finished sums, to [lo, hi] */
+  float lo, hi;
+} mo_gemm_t;
+
+/* MO_PANELS(X): the panels, X(columns, lanes x vectors), widest first
+   MO_DEPTH: how much of a sum mo_pack takes at a time; a panel is 4 * MO_DEPTH * MO_WIDEST bytes of
+   stack, and with one lane none, as nothing is packed */
+#if MO_LANES == 16
+#define MO_PANELS(X) X(32, 16x2) X(16, 16x1) X(8, 8x1) X(4, 4x1) X(1, 1x1)
+#define MO_WIDEST 32
+#elif MO_LANES == 8
+#define MO_PANELS(X) X(16, 8x2) X(8, 8x1) X(4, 4x1) X(1, 1x1)
+#define MO_WIDEST 16
+#elif MO_LANES == 4 && MO_REGISTERS > 8
+#define MO_PANELS(X) X(8, 4x2) X(4, 4x1) X(1, 1x1)
+#define MO_WIDEST 8
+#elif MO_LANES == 4
+#define MO_PANELS(X) X(4, 4x1) X(1, 1x1)
+#define MO_WIDEST 4
+#else
+#define MO_PANELS(X) X(4, 1x4) X(1, 1x1)
+#define MO_WIDEST 4
+#endif
+#define MO_DEPTH (MO_LANES == 1 ? INT32_MAX : 8 * MO_LANES)
+
+/* MO_ROWS(TILE) covers the rows of g with tiles of MO_TILE_ROWS and fewer rows. */
+#if MO_LANES == 1
+#define MO_TILE_ROWS 4
+#define MO_ROWS(TILE)                            \
+  int32_t m = 0;                                 \
+  MO_LOOP for (; m + 4 <= g->m; m += 4) TILE(4); \
+  MO_LOOP for (; m < g->m; m++) TILE(1);
+#else
+#define MO_TILE_ROWS (MO_REGISTERS == 32 ? 8 : MO_REGISTERS == 16 ? 6 : 4)
+#define MO_ROWS(TILE)                                                             \
+  int32_t m = 0;                                                                  \
+  MO_LOOP for (; m + MO_TILE_ROWS <= g->m; m += MO_TILE_ROWS) TILE(MO_TILE_ROWS); \
+  if (MO_TILE_ROWS > 4 && m + 4 <= g->m) {                                        \
+    TILE(4);                                                                      \
+    m += 4;                                                                       \
+  }                                                                               \
+  if (m + 3 == g->m) TILE(3);                                                     \
+  if (m + 2 == g->m) TILE(2);                                                     \
+  if (m + 1 == g->m) TILE(1);
+#endif
+
+#if MO_LANES == 16
+#define MO_L 16
+#define MO_V 2
+#include "mo_gemm_tile.h"
+#define MO_L 16
+#define MO_V 1
+#include "mo_gemm_tile.h"
+#endif
+#if MO_LANES == 8
+#define MO_L 8
+#define MO_V 2
+#include "mo_gemm_tile.h"
+#endif
+#if MO_LANES >= 8
+#define MO_L 8
+#define MO_V 1
+#include "mo_gemm_tile.h"
+#endif
+#if MO_LANES == 4 && MO_REGISTERS > 8
+#define MO_L 4
+#define MO_V 2
+#include "mo_gemm_tile.h"
+#endif
+#if MO_LANES >= 4
+#define MO_L 4
+#define MO_V 1
+#include "mo_gemm_tile.h"
+#else
+#define MO_L 1
+#define MO_V 4
+#include "mo_gemm_tile.h"
+#endif
+#define MO_L 1
+#define MO_V 1
+#include "mo_gemm_tile.h"
+
+/* The widest panel that fits into `columns` */
+static int32_t mo_panel_width(int32_t columns) {
+  int32_t width = MO_WIDEST;
+  while (width > columns) width = width > 4 ? width / 2 : 1;
+  return width;
+}
+
+/* The panel of `width` columns from n0, all rows.  Contiguous: a in r; b, c in n */
+static void mo_product(const mo_gemm_t *g, int32_t n0, int32_t width) {
+  switch (width) {
+#define CASE(columns, shape)    \
+  case columns:                 \
+    product_##shape(g, n0);     \
+    break;
+    MO_PANELS(CASE)
+#undef CASE
   }
 }
 
-MO_INLINE void NAME(store_)(float *c, const VEC *row, const int32_t cn) {
-  MO_UNROLL for (int v = 0; v < MO_V; v++) {
-    float t[MO_L];
-    MO_STORE(MO_L, cn == 1 ? c + v * MO_L : t, row[v]);
-    if (cn != 1)
-      MO_LOOP for (int n = 0; n < MO_L; n++) c[(v * MO_L + n) * cn] = t[n];
+/* Contiguous: a in m; b in n; with one lane also c in n */
+static void mo_outer(const mo_gemm_t *g, int32_t n0, int32_t width) {
+  switch (width) {
+#define CASE(columns, shape)  \
+  case columns:               \
+    outer_##shape(g, n0);     \
+    break;
+    MO_PANELS(CASE)
+#undef CASE
   }
-}
-
-/* Rows m0 .. m0 + M of the panel at column n0.  Strides are constants where this is inlined. */
-MO_INLINE void NAME(tile_)(const int M, const mo_gemm_t *g, const int32_t m0, const int32_t n0,
-                           const int32_t am, const int32_t ar, const int32_t br, const int32_t bn,
-                           const int32_t cn) {
-  VEC sum[MO_TILE_ROWS][MO_V];
-  float *c = g->c + m0 * g->cm + n0 * cn;
-  const int32_t cm = g->cm, depth = g->depth;
-  const float *a = g->a + m0 * am, *b = g->b + n0 * bn;
-  if (g->start == MO_FROM_C) {
-    MO_UNROLL for (int m = 0; m < M; m++) NAME(load_)(sum[m], c + m * cm, cn);
-  } else {
-    VEC first[MO_V] = {0};
-    if (g->start == MO_FROM_BIAS) NAME(load_)(first, g->bias + n0, 1);
-    MO_UNROLL for (int m = 0; m < M; m++)
-      MO_UNROLL for (int v = 0; v < MO_V; v++) sum[m][v] = first[v];
-  }
-  for (int32_t left = g->runs;; a += g->a_run, b += g->b_run) {
-    MO_LOOP for (int32_t r = 0; r < depth; r++) {
-      VEC w[MO_V];
-      MO_UNROLL for (int v = 0; v < MO_V; v++)
-        w[v] = MO_LOAD(MO_L, b + r * br + v * (MO_L == 1 ? bn : MO_L));
-      MO_UNROLL for (int m = 0; m < M; m++) {
-        const float x = a[m * am + r * ar];
-        MO_UNROLL for (int v = 0; v < MO_V; v++) sum[m][v] += x * w[v];
-      }
-    }
-    if (--left <= 0) break;
-  }
-  if (g->clamp)
-    MO_UNROLL for (int m = 0; m < M; m++)
-      MO_UNROLL for (int v = 0; v < MO_V; v++) MO_CLAMP(MO_L, sum[m][v], g->lo, g->hi);
-  MO_UNROLL for (int m = 0; m < M; m++) NAME(store_)(c + m * cm, sum[m], cn);
-}
-
-/* a contiguous in the sum, b and c in the columns */
-MO_NOINLINE void NAME(product_)(const mo_gemm_t *g, const int32_t n0) {
-#define TILE(M) NAME(tile_)(M, g, m, n0, g->am, 1, g->br, 1, 1)
-  MO_ROWS(TILE)
-#undef TILE
-}
-
-/* a contiguous in the rows, b in the columns */
-MO_NOINLINE void NAME(outer_)(const mo_gemm_t *g, const int32_t n0) {
-#define TILE(M) NAME(tile_)(M, g, m, n0, 1, g->ar, g->br, 1, g->cn)
-  MO_ROWS(TILE)
-#undef TILE
 }
 
 #if MO_LANES == 1
-/* a and b contiguous in the sum, c in the columns */
-MO_NOINLINE void NAME(dot_)(const mo_gemm_t *g, const int32_t n0) {
-#define TILE(M) NAME(tile_)(M, g, m, n0, g->am, 1, 1, g->bn, 1)
-  MO_ROWS(TILE)
-#undef TILE
+/* Contiguous: a, b in r; c in n */
+static void mo_dot(const mo_gemm_t *g, int32_t n0, int32_t width) {
+  switch (width) {
+#define CASE(columns, shape) \
+  case columns:              \
+    dot_##shape(g, n0);      \
+    break;
+    MO_PANELS(CASE)
+#undef CASE
+  }
 }
-#endif
-
-#if MO_LANES > 1
-/* panel[k][n] = w[n * stride + k] for the columns of one panel; blocks of MO_L x MO_L floats are
-   transposed in registers, by zipping row i with row i + MO_L / 2 log2(MO_L) times. */
-MO_NOINLINE void NAME(pack_)(float *panel, const float *w, const int32_t stride, const int32_t depth) {
-  for (int v = 0; v < MO_V; v++, panel += MO_L, w += MO_L * stride) {
-    int32_t k = 0;
-#if MO_L > 1 && MO_HAS_ZIP
-    for (; k + MO_L <= depth; k += MO_L) {
-      VEC t[MO_L], z[MO_L];
-      MO_UNROLL for (int i = 0; i < MO_L; i++) t[i] = MO_LOAD(MO_L, w + i * stride + k);
-      MO_UNROLL for (int step = 1; step < MO_L; step *= 2) {
-        MO_UNROLL for (int i = 0; i < MO_L / 2; i++) {
-          z[2 * i] = MO_JOIN(MO_ZIP_LO, MO_L)(t[i], t[i + MO_L / 2]);
-          z[2 * i + 1] = MO_JOIN(MO_ZIP_HI, MO_L)(t[i], t[i + MO_L / 2]);
-        }
-        MO_UNROLL for (int i = 0; i < MO_L; i++) t[i] = z[i];
-      }
-      MO_UNROLL for (int i = 0; i < MO_L; i++)
-        MO_STORE(MO_L, panel + (k + i) * MO_V * MO_L, t[i]);
-    }
-#endif
-    for (; k < depth; k++)
-      for (int i = 0; i < MO_L; i++) panel[k * MO_V * MO_L + i] = w[i * stride + k];
+#else
+/* panel[r][n] = b[n * stride + r] for `width` columns */
+static void mo_pack(float *panel, const float *b, int32_t stride, int32_t depth, int32_t width) {
+  switch (width) {
+#define CASE(columns, shape)               \
+  case columns:                            \
+    pack_##shape(panel, b, stride, depth); \
+    break;
+    MO_PANELS(CASE)
+#undef CASE
   }
 }
 #endif
 
-#undef VEC
-#undef NAME
-#undef MO_L
-#undef MO_V
+#endif

@@ -2,10 +2,12 @@
 
    Layouts   activations [h][w][c] (one sample); convolution weights
              [out_c][k_h][k_w][in_c / groups]; depthwise weights [k_h][k_w][c].
-   Order     every output element is one sequential sum in a fixed order (bias first, then
-             kernel row, kernel column, channel; pixels in raster order for weight gradients).
-             Tiles and vector lanes only choose which elements are computed side by side, so a
-             build with -ffp-contract=off gives the same bits on every target.
+   Order     every output element is one sequential sum in a fixed order.  y: bias, then kernel row,
+             kernel column, input channel.  dx: kernel row, kernel column, output channel.
+             dw, db, dgamma: pixels in raster order.  accumulate: the old value comes first.
+             Taps on the padding are left out.  Tiles and vector lanes only choose which elements
+             are computed side by side, so a build with -ffp-contract=off gives the same bits on
+             every target.
    Clamp     lo < hi; pass MO_NO_LO / MO_NO_HI for no activation, 0 and 6 for relu6.
    No kernel allocates, recurses or keeps state.  dx / dw / y never overlap their inputs
    unless a comment says "may be in place". */

@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-/* MO_LANES: floats per vector, 1, 4, 8 or 16 */
+/* MO_LANES: floats per vector, 1, 4, 8 or 16.  (NEON of 32-bit Arm flushes denormals: not used.) */
 #ifndef MO_LANES
 #if !defined(__GNUC__)
 #define MO_LANES 1
@@ -13,7 +13,7 @@
 #define MO_LANES 16
 #elif defined(__AVX__)
 #define MO_LANES 8
-#elif defined(__SSE2__) || defined(__ARM_NEON)
+#elif defined(__SSE2__) || defined(__aarch64__)
 #define MO_LANES 4
 #elif defined(__ARM_FEATURE_MVE)
 #if __ARM_FEATURE_MVE & 2
@@ -26,6 +26,19 @@
 #endif
 #endif
 
+#if MO_LANES != 1 && MO_LANES != 4 && MO_LANES != 8 && MO_LANES != 16
+#error "MO_LANES is 1, 4, 8 or 16"
+#endif
+
+/* MO_REGISTERS: the vector registers of the machine, which bound a tile */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define MO_REGISTERS 32
+#elif defined(__ARM_FEATURE_MVE)
+#define MO_REGISTERS 8
+#else
+#define MO_REGISTERS 16
+#endif
+
 #if defined(__GNUC__)
 #define MO_INLINE static inline __attribute__((always_inline))
 #define MO_NOINLINE static __attribute__((noinline)) /* one small stack frame, not many in one */
@@ -35,16 +48,19 @@
 #endif
 
 /* MO_UNROLL stands before a loop of constant length whose arrays shall become registers, MO_LOOP
-   before one around it that shall stay small. */
+   before one around it that shall stay small, MO_BY_FOUR before a short one of any length. */
 #if defined(__clang__)
 #define MO_UNROLL _Pragma("clang loop unroll(full)")
 #define MO_LOOP _Pragma("clang loop unroll(disable)")
+#define MO_BY_FOUR _Pragma("clang loop unroll_count(4)")
 #elif defined(__GNUC__)
 #define MO_UNROLL _Pragma("GCC unroll 32")
 #define MO_LOOP _Pragma("GCC unroll 1")
+#define MO_BY_FOUR _Pragma("GCC unroll 4")
 #else
 #define MO_UNROLL
 #define MO_LOOP
+#define MO_BY_FOUR
 #endif
 
 #define MO_JOIN_(a, b) a##b
@@ -53,9 +69,9 @@
 /* mo_fL: a vector of L floats; mo_uL: the same at any address; mo_iL: as integers */
 typedef float mo_f1, mo_u1;
 #if MO_LANES > 1
-#define MO_VECTOR(L)                                                                   \
-  typedef float mo_f##L __attribute__((vector_size(4 * L)));                           \
-  typedef float mo_u##L __attribute__((vector_size(4 * L), aligned(4), may_alias));    \
+#define MO_VECTOR(L)                                                                \
+  typedef float mo_f##L __attribute__((vector_size(4 * L)));                        \
+  typedef float mo_u##L __attribute__((vector_size(4 * L), aligned(4), may_alias)); \
   typedef int32_t mo_i##L __attribute__((vector_size(4 * L)));
 MO_VECTOR(4)
 #endif
@@ -80,11 +96,13 @@ MO_VECTOR(16)
 #elif MO_LANES == 4
 #define MO_EACH(j, n, BODY) MO_EACH_(j, n, 4, BODY) MO_EACH_(j, n, 1, BODY)
 #else
-#define MO_EACH(j, n, BODY) MO_EACH_(j, n, 1, BODY)
+#define MO_EACH(j, n, BODY) MO_BY_FOUR MO_EACH_(j, n, 1, BODY)
 #endif
 
 MO_INLINE int32_t mo_min(int32_t a, int32_t b) { return a < b ? a : b; }
 MO_INLINE int32_t mo_max(int32_t a, int32_t b) { return a > b ? a : b; }
+
+MO_INLINE int32_t mo_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 typedef struct {
   int32_t begin, end;
@@ -93,13 +111,11 @@ typedef struct {
 /* The outputs i in [0, out) whose input i * stride + offset lies in [0, in) */
 MO_INLINE mo_range_t mo_outputs_inside(int32_t offset, int32_t stride, int32_t in, int32_t out) {
   mo_range_t t;
-  t.begin = offset < 0 ? mo_min((-offset + stride - 1) / stride, out) : 0;
-  t.end = offset < in ? mo_min((in - offset + stride - 1) / stride, out) : 0;
+  t.begin = offset < 0 ? mo_min(mo_ceil_div(-offset, stride), out) : 0;
+  t.end = offset < in ? mo_min(mo_ceil_div(in - offset, stride), out) : 0;
   t.end = mo_max(t.begin, t.end);
   return t;
 }
-
-MO_INLINE int32_t mo_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 /* The taps j in [0, taps) for which x + j * tap lies in [0, width) */
 MO_INLINE mo_range_t mo_taps_inside(int32_t x, int32_t tap, int32_t taps, int32_t width) {
@@ -121,12 +137,12 @@ MO_INLINE void mo_clamp1(float *v, float lo, float hi) {
   *v = *v > hi ? hi : *v;
 }
 
-#define MO_DEFINE_CLAMP(L)                                                       \
-  MO_INLINE void mo_clamp##L(mo_f##L *v, float lo, float hi) {                   \
-    const mo_i##L low = (mo_i##L)((mo_f##L){0} + lo), below = *v < (mo_f##L)low; \
-    *v = (mo_f##L)((~below & (mo_i##L)*v) | (below & low));                      \
+#define MO_DEFINE_CLAMP(L)                                                         \
+  MO_INLINE void mo_clamp##L(mo_f##L *v, float lo, float hi) {                     \
+    const mo_i##L low = (mo_i##L)((mo_f##L){0} + lo), below = *v < (mo_f##L)low;   \
+    *v = (mo_f##L)((~below & (mo_i##L)*v) | (below & low));                        \
     const mo_i##L high = (mo_i##L)((mo_f##L){0} + hi), above = *v > (mo_f##L)high; \
-    *v = (mo_f##L)((~above & (mo_i##L)*v) | (above & high));                     \
+    *v = (mo_f##L)((~above & (mo_i##L)*v) | (above & high));                       \
   }
 #if MO_LANES > 1
 MO_DEFINE_CLAMP(4)
@@ -138,7 +154,7 @@ MO_DEFINE_CLAMP(8)
 MO_DEFINE_CLAMP(16)
 #endif
 
-#if defined(__has_builtin)
+#if defined(__has_builtin) && MO_REGISTERS > 8
 #if __has_builtin(__builtin_shufflevector)
 #define MO_HAS_ZIP 1
 /* The first and the second half of a0 b0 a1 b1 ... */

@@ -2,12 +2,7 @@
 #include "mo_kernels.h"
 #include "mo_tile.h"
 
-/* Channels whose windows are searched side by side; one where there are no vectors. */
-#if MO_LANES > 1
-#define SIDE 16
-#else
-#define SIDE 1
-#endif
+enum { SIDE = MO_LANES }; /* channels whose windows are searched side by side */
 
 typedef struct {
   int32_t begin, end; /* taps k in [begin, end) lie inside the input */
