@@ -190,13 +190,16 @@ NETS: dict[str, Net] = {
 # ---- the table -------------------------------------------------------------------------------
 
 
+PLAIN = SGD(lr=0.05)
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """One row: a net, what is updated in it, and how."""
 
     net: str
     method: Method
-    optimizer: SGD | Adam = SGD(lr=0.05)
+    optimizer: SGD | Adam = PLAIN
     accumulate: int = 1
     board: str | None = None
     note: str = ""
@@ -265,8 +268,9 @@ CASES: list[Case] = [
     Case("mobile", Bias(), ADAM, 3),
     only("slices", "groups", {"*": {"out": (0, 1, 3)}}, optimizer=ADAM, accumulate=3),
     only("slices", "norms", {"*": {"out": (0, 2)}}, optimizer=MOMENTUM, accumulate=2),
-    only("slices", "mobile", {"*.0.weight": {"out": (0, 3), "inp": (0, 2)}, "block.*": {"out": (1,)},
-                              "head.*": {"inp": (0, 6)}}, optimizer=MOMENTUM),
+    only("slices", "mobile", {"*.0.weight": {"out": (0, 3), "inp": (0, 2)},
+                              "block.*": {"out": (1,)}, "head.*": {"inp": (0, 6)}},
+         optimizer=MOMENTUM),
     only("slices", "views", {"*": {"out": (0, 2), "inp": (0, 1)}}, optimizer=ADAM),
     # boards
     Case("mobile", Full(), board="nano33ble"),

@@ -187,7 +187,7 @@ def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float,
 
 
 def held_bytes(tuned: nn.Module, x: Tensor) -> int:
-    """Bytes of all storages that autograd keeps for the backward pass; parameters are not counted."""
+    """Bytes of all storages that autograd keeps between the passes, parameters not counted."""
     own = [*tuned.parameters(), *tuned.buffers()]
     excluded = {t.untyped_storage().data_ptr() for t in own}
     kept: dict[int, Tensor] = {}

@@ -30,7 +30,8 @@ def materialise(graph: Graph, state: State) -> dict[str, Array]:
             missing = [s for s in param.derived.sources.values() if s not in state]
             if missing:
                 raise InvalidInput(f"the state dict has no {missing[0]!r}", where=param.name)
-            value = _derive(param.derived, param.shape, state)
+            with np.errstate(all="ignore"):  # what comes out is checked below
+                value = _derive(param.derived, param.shape, state)
         if not np.isfinite(value).all():
             raise InvalidInput(f"parameter {param.name!r} has values that are not finite")
         values[param.name] = value

@@ -16,6 +16,7 @@ import modicum as mo
 from modicum.job import Job, Result, decode
 from modicum.trace import Trace
 
+
 class Workshop:
     """Makes folders under `root`; `pool` holds compiled kernels, shared by all test processes."""
 

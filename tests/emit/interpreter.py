@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from c.kernels import Geometry, Kernels, Window
+
 from modicum.lower import Program, Step
 from modicum.memory import Placement
 from modicum.ops.base import Arg, Buf, Call, Const, Expr, Indices, Struct

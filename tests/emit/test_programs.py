@@ -5,19 +5,19 @@ from __future__ import annotations
 import graphs
 import numpy as np
 import pytest
-import torch
 from c.kernels import PARITY, Kernels
 from c.kernels import build as build_kernels
 from emit.interpreter import Machine
 from graphs import Builder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from oracle import GraphModel, cut, gradient, samples, total_loss
+
 from modicum.lower import lower
 from modicum.memory import place, verify
 from modicum.optim import SGD
 from modicum.selection import Update
 from modicum.state import materialise
-from oracle import GraphModel, cut, gradient, samples, total_loss
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +62,7 @@ def test_a_program_takes_the_step_that_autograd_says(kernels, job, order):
     n = job["accumulate"]
     x, y = samples(job["graph"], job["loss"], n)
     before = machine.trained()
-    losses = [
-        machine.train(x[i].numpy(), y[i].numpy(), lr=1.0, last=i == n - 1) for i in range(n)
-    ]
+    losses = [machine.train(x[i].numpy(), y[i].numpy(), lr=1.0, last=i == n - 1) for i in range(n)]
     after = machine.trained()
 
     net = model.double()

@@ -14,11 +14,17 @@ from cases import CASES, Built, build
 from emit.folders import Workshop, execute
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modicum.job import EXPORT, IMPORT, PAINT, PARAMETERS, TRAIN, Job, Result
 from modicum.state import image_to_c
 
 HEAD, PLAN, LENGTH, COLLECTED, C1, C2, PAYLOAD = 4, 8, 24, 32, 36, 40, 44
-WANTED = ("groups-slices-Adam-x3", "mobile-Full-Momentum-x3", "mlp-Full-SGD", "regression-Full-Adam-x2")
+WANTED = (
+    "groups-slices-Adam-x3",
+    "mobile-Full-Momentum-x3",
+    "mlp-Full-SGD",
+    "regression-Full-Adam-x2",
+)
 
 
 @dataclass

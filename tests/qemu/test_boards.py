@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import modicum as mo
 import numpy as np
 import pytest
 from cases import CASES, Case, build
 from emit.folders import Workshop
+
+import modicum as mo
 
 IDS = ("mobile-Full-SGD-nano33ble", "conv-Bias1-Adam-stm32f746", "groups-slices-Adam-x3")
 ROWS = [next(c for c in CASES if c.id == id_) for id_ in IDS]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import modicum as mo
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, NETS, Case, build
-from modicum.apply import Tuned
 from torch import nn
+
+import modicum as mo
+from modicum.apply import Tuned
 
 SOME = [c for c in CASES if c.note or isinstance(c.method, mo.Full)]
 
@@ -149,8 +150,10 @@ def test_the_gradient_of_the_gradient_is_refused_rather_than_wrong():
     built = build(row("mlp-Full-SGD"))
     tuned = mo.apply(built.model, built.plan)
     x, _ = built.samples(2)
-    (g, *_) = torch.autograd.grad(tuned(x).square().sum(), list(tuned.parameters()), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
+    (g, *_) = torch.autograd.grad(
+        tuned(x).square().sum(), list(tuned.parameters()), create_graph=True
+    )
+    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiate twice"):
         g.sum().backward()
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from functools import cache
 from pathlib import Path
 
-import modicum as mo
 import pytest
 import torch
 from conftest import SHARED
+from oracle import difference, held_bytes, total_loss, tuned_gradients
+from torch import Tensor, nn
+
+import modicum as mo
 from modicum.apply import Tuned
 from modicum.graph import Graph
 from modicum.memory import verify
-from oracle import difference, held_bytes, total_loss, tuned_gradients
-from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -89,7 +91,7 @@ def test_training_biases_keeps_a_twentieth_of_what_pytorch_keeps(name):
 
 def test_a_smaller_update_never_costs_more(name):
     costs = [planned(name, update).cost for update in ("head", "last 6 blocks", "all")]
-    for a, b in zip(costs, costs[1:], strict=False):
+    for a, b in itertools.pairwise(costs):
         assert a.saved <= b.saved and a.arena <= b.arena
         assert a.macs_backward <= b.macs_backward and a.trained_params < b.trained_params
     assert len({c.macs_forward for c in costs}) == 1

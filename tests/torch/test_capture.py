@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import modicum as mo
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import NETS, Fn, captured, seq
-from modicum.capture import check_model
-from modicum.errors import InvalidInput, UnsupportedOperator, UsageError
 from oracle import GraphModel
 from torch import nn
+
+import modicum as mo
+from modicum.capture import check_model
+from modicum.errors import InvalidInput, UnsupportedOperator, UsageError
 
 IMAGE = (1, 3, 6, 6)
 
@@ -85,8 +86,8 @@ def test_same_padding_of_an_even_kernel_puts_the_odd_row_at_the_end():
 
 
 def test_padding_before_a_convolution_adds_to_its_own():
-    graph = mo.capture(Fn(lambda m, x: m.c(F.pad(x, (1, 2, 3, 4))), c=nn.Conv2d(3, 4, 3, padding=1)),
-                       torch.zeros(IMAGE))  # fmt: skip
+    model = Fn(lambda m, x: m.c(F.pad(x, (1, 2, 3, 4))), c=nn.Conv2d(3, 4, 3, padding=1))
+    graph = mo.capture(model, torch.zeros(IMAGE))
     assert graph.nodes[0].attrs["padding"] == (4, 2, 5, 3)
 
 

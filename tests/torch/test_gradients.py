@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import graphs
-import modicum as mo
 import pytest
 import torch
 from cases import CASES, Case, build
 from graphs import Builder, explicit, selections
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modicum.apply import Tuned
-from modicum.graph import Graph
 from oracle import (
     GraphModel,
     autograd_gradients,
@@ -21,6 +18,10 @@ from oracle import (
     samples,
     tuned_gradients,
 )
+
+import modicum as mo
+from modicum.apply import Tuned
+from modicum.graph import Graph
 
 rows = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import modicum as mo
 import pytest
 import torch
 from cases import CASES, Case, build
-from modicum.apply import Tuned, pack_bits, unpack_bits
-from oracle import held_bytes
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import held_bytes
+
+import modicum as mo
+from modicum.apply import Tuned, pack_bits, unpack_bits
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -71,4 +72,6 @@ def test_two_layers_that_keep_one_value_hold_it_once():
     by_name = {row.name: row for row in built.plan.layers}
     assert [n for _, n, _ in by_name["a"].kept] == [4 * 6 * 4 * 5]
     assert [(n, "counted above" in why) for _, n, why in by_name["b"].kept] == [(0, True)]
-    assert mo.plan(built.graph, method=mo.Explicit(params={"b.weight": None})).cost.saved == 480 + 13
+    assert (
+        mo.plan(built.graph, method=mo.Explicit(params={"b.weight": None})).cost.saved == 480 + 13
+    )

@@ -7,6 +7,7 @@ import pytest
 from graphs import small_cnn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from modicum.errors import Bug, InvalidInput
 from modicum.lower import Buffer, Program, Step, lower, lower_inference
 from modicum.memory import ALIGN, live_bytes, lower_bound, place, verify
@@ -26,6 +27,7 @@ def program(optimizer=SGD(momentum=0.9), accumulate=1, order="dx-first") -> Prog
 # ---- placement -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(graphs.jobs(12), orders)
 def test_every_placement_is_valid_and_between_the_bound_and_the_sum_of_all_buffers(job, order):
@@ -39,6 +41,7 @@ def test_every_placement_is_valid_and_between_the_bound_and_the_sum_of_all_buffe
         assert 0 <= offset <= placement.arena - made.buffers[name].bytes
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(graphs.jobs(12), orders)
 def test_buffers_that_live_at_the_same_time_do_not_overlap(job, order):
@@ -49,12 +52,11 @@ def test_buffers_that_live_at_the_same_time_do_not_overlap(job, order):
     for i, a in enumerate(names):
         for b in names[:i]:
             together = spans[a][0] <= spans[b][1] and spans[b][0] <= spans[a][1]
-            apart = (
-                at[a] + made.buffers[a].bytes <= at[b] or at[b] + made.buffers[b].bytes <= at[a]
-            )
+            apart = at[a] + made.buffers[a].bytes <= at[b] or at[b] + made.buffers[b].bytes <= at[a]
             assert apart or not together, (a, b)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(graphs.jobs(12))
 def test_the_lower_bound_is_the_most_bytes_live_at_one_step(job):
@@ -90,12 +92,14 @@ def test_inference_alone_is_placed_too_and_needs_the_floor():
     placement = place(made)
     verify(made, placement.offsets, placement.arena)
     assert {s.phase for s in made.steps} == {"forward"}
-    assert placement.arena == 2 * 4 * 8 * 8 * 8  # the residual and one copy: all else is in place
+    image = 4 * 8 * 8 * 8
+    assert placement.arena == 3 * image  # what the skip needs, and the two ends of a convolution
 
 
 # ---- the verifier ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(graphs.jobs(12), st.data())
 def test_a_buffer_moved_onto_another_that_lives_with_it_is_found(job, data):
@@ -116,6 +120,7 @@ def test_a_buffer_moved_onto_another_that_lives_with_it_is_found(job, data):
         verify(made, offsets, arena)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(graphs.jobs(12), st.data())
 def test_any_other_placement_that_passes_has_no_overlap_of_lives(job, data):

