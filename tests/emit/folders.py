@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,42 +32,37 @@ class Workshop:
 
     def make(self, folder: Path, variant: str, *words: str) -> subprocess.CompletedProcess[str]:
         """Run make with the kernels of `variant` (a folder under build/) taken from the pool."""
-        self.lend(folder, variant)
         command = ["make", "-s", *words]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            self.keep(folder, variant)
-        return done
+        with self.kernels(folder, variant):
+            return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
     def run(self, folder: Path, on: str = "host", **more: object) -> Trace:
         """A parity build, on the host without optimisation: its bits do not depend on it."""
-        self.lend(folder, f"{on}-parity")
-        with pytest.MonkeyPatch.context() as patch:
+        with self.kernels(folder, f"{on}-parity"), pytest.MonkeyPatch.context() as patch:
             if on == "host":
                 patch.setenv("OPT", "-O0")
-            trace = mo.run(folder, on=on, **more)  # type: ignore[arg-type]
-        self.keep(folder, f"{on}-parity")
-        return trace
+            return mo.run(folder, on=on, **more)  # type: ignore[arg-type]
 
-    def lend(self, folder: Path, variant: str) -> None:
-        source, target = self.pool / variant, folder / "build" / variant
-        if source.is_dir() and not target.exists():
-            shutil.copytree(source, target)
-            for path in [target / "flags", *target.rglob("*.d"), *target.rglob("*.o")]:
-                os.utime(path)  # newer than the sources, which were just written
-
-    def keep(self, folder: Path, variant: str) -> None:
-        if (self.pool / variant).exists():
-            return
+    @contextmanager
+    def kernels(self, folder: Path, variant: str) -> Iterator[None]:
+        """Lend the compiled kernels to the folder; who comes first compiles, the others wait."""
         self.pool.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=self.pool))
-        made = folder / "build" / variant
-        shutil.copytree(made / "kernels", scratch / "kernels")
-        shutil.copy(made / "flags", scratch)
-        try:
-            scratch.rename(self.pool / variant)
-        except OSError:  # another test process was first
-            shutil.rmtree(scratch)
+        made, kept = folder / "build" / variant, self.pool / variant
+        with (self.pool / f"{variant}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                yield
+                if (made / "kernels").is_dir():
+                    scratch = Path(tempfile.mkdtemp(dir=self.pool))
+                    shutil.copytree(made / "kernels", scratch / "kernels")
+                    shutil.copy(made / "flags", scratch)
+                    scratch.rename(kept)
+                return
+        if not made.exists():
+            shutil.copytree(kept, made)
+            for path in [made / "flags", *made.rglob("*.d"), *made.rglob("*.o")]:
+                os.utime(path)  # newer than the sources, which were just written
+        yield
 
 
 def execute(program: Path, job: Job, scratch: Path) -> tuple[Result | None, str]:

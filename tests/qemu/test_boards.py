@@ -54,5 +54,5 @@ def test_a_run_on_a_board_is_the_same_every_time(workshop: Workshop):
 
 def test_qemu_means_the_machine_with_the_core_of_the_plans_board(workshop: Workshop):
     folder = workshop.emit(build(ROWS[1]))
-    workshop.lend(folder, "m7-parity")
-    assert mo.run(folder, on="qemu").where == "m7"
+    with workshop.kernels(folder, "m7-parity"):
+        assert mo.run(folder, on="qemu").where == "m7"
