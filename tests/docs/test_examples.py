@@ -16,7 +16,7 @@ from docs.examples import (
     masked,
     needs_qemu,
     run_page,
-    with_tables,
+    with_results,
 )
 
 DOCUMENTS = (
@@ -93,12 +93,12 @@ def test_relative_links_resolve(document: Path) -> None:
             assert anchor in _anchors(page), f"{target} names no heading"
 
 
-def test_the_tables_of_the_benchmarks_are_those_of_the_results() -> None:
-    page = REPO / "docs" / "benchmarks.md"
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+def test_the_figures_of_the_benchmarks_are_those_of_the_results(name: str) -> None:
     if not list(RESULTS.glob("*.json")):
         pytest.skip("no results in benchmarks/results")
-    text = page.read_text()
-    assert with_tables(text) == text, "python tests/docs/examples.py --update docs/benchmarks.md"
+    text = (REPO / name).read_text()
+    assert with_results(text) == text, f"python tests/docs/examples.py --update {name}"
 
 
 def test_masking_leaves_the_words() -> None:
