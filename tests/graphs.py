@@ -245,10 +245,10 @@ def _linear(draw: st.DrawFn, b: Builder, x: str) -> str:
 
 
 IMAGE: list[Grow] = [
-    _conv, _conv, _pointwise, _norm, _clamp, _clamp, _max_pool, _avg_pool, _adaptive, _add, _concat,
-    _reshape,
+    _conv, _conv, _pointwise, _norm, _clamp, _clamp, _max_pool, _avg_pool, _adaptive, _add, _add,
+    _concat, _reshape,
 ]  # fmt: skip
-FLAT: list[Grow] = [_linear, _linear, _norm, _clamp, _add, _concat, _reshape]
+FLAT: list[Grow] = [_linear, _linear, _norm, _clamp, _add, _add, _concat, _reshape]
 
 
 @st.composite

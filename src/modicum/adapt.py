@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,11 @@ def adapt(
     """
     if epochs < 0 or micro_batch < 1:
         raise UsageError(f"cannot adapt over {epochs} epochs in micro-batches of {micro_batch}")
+    if micro_batch < 1 or epochs < 0:
+        raise UsageError(
+            f"cannot train for {epochs} epochs in micro-batches of {micro_batch}",
+            hint="epochs from 0 and micro_batch from 1 on",
+        )
     x, y = _tensors(plan, data)
     checked = None if test is None else _tensors(plan, test)
     tuned = apply(model, plan)
@@ -144,7 +150,7 @@ def _device(module: nn.Module) -> torch.device:
 @contextmanager
 def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on stderr, or nothing."""
-    if not show:
+    if not (show and sys.stderr.isatty()):
         yield lambda: None
         return
     from rich.console import Console

@@ -26,6 +26,7 @@ def capture(model: nn.Module, example: torch.Tensor) -> Graph:
     is left as it was.  Raises UnsupportedOperator naming every operator that modicum does not
     have, with the modules they come from, and UsageError when the model does not run.
 
+    >>> import torch
     >>> graph = capture(torch.nn.Linear(4, 2), torch.zeros(1, 4))
     >>> print(graph.nodes[0].op)
     linear

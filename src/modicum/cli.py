@@ -187,7 +187,10 @@ def run(
         result["comparison"] = comparison.as_dict()
         text += f"\n{comparison}"
         if not comparison.same:
-            raise ParityError(str(comparison))
+            raise ParityError(
+                str(comparison),
+                hint="the same --weights for adapt and emit, the same --data for both",
+            )
     _show(as_json, result, text)
 
 
@@ -339,7 +342,9 @@ def _trace_text(trace: Any) -> str:
         lines[0] += f", loss {trace.losses[0]:.4f} -> {trace.losses[-1]:.4f}"
     if trace.accuracy_after is not None:
         lines.append(f"accuracy {trace.accuracy_before:.1%} -> {trace.accuracy_after:.1%}")
-    lines += [f"  {name:<20} {value:,.6g}" for name, value in trace.figures.items()]
+    for name, value in trace.figures.items():
+        text = f"{value:,.0f}" if float(value).is_integer() else f"{value:,.6g}"
+        lines.append(f"  {name:<20} {text}")
     return "\n".join(lines)
 
 
@@ -477,6 +482,8 @@ def _optimizer(name: str, lr: float, momentum: float, weight_decay: float) -> SG
     from modicum.optim import SGD, Adam
 
     kind = _choice(name, "optimizer", ("sgd", "adam"))
+    if kind == "adam" and momentum:
+        raise UsageError("--momentum is for sgd; adam has its own")
     try:
         if kind == "adam":
             return Adam(lr=lr, weight_decay=weight_decay)

@@ -26,7 +26,9 @@ def check_data(plan: Plan, data: Data) -> tuple[NDArray[np.float32], NDArray[Any
         y = np.asarray(data[1])
     except (ValueError, TypeError) as error:
         raise InvalidInput("the samples are not arrays of numbers", why=str(error)) from None
-    if x.shape[1:] != wanted or not len(x):
+    if x.ndim and not len(x):
+        raise InvalidInput("there are no samples")
+    if x.shape[1:] != wanted:
         raise InvalidInput(
             f"the inputs have shape {x.shape}",
             why=f"the plan needs (n, {', '.join(map(str, wanted))})",

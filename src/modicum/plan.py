@@ -171,6 +171,8 @@ def plan(
         raise UsageError(
             f"cannot accumulate {accumulate} samples", hint=f"1 to {MOST_ACCUMULATED:,}"
         )
+    if (ram is not None and ram < 1) or (flash is not None and flash < 1):
+        raise UsageError("limits of RAM and flash are positive numbers of bytes")
     made = _make(graph, target, method, optimizer, loss, accumulate, ram, flash)
     if not fits(made):
         raise _does_not_fit(made)
@@ -257,7 +259,8 @@ def _nearest(p: Plan) -> list[str]:
             hints.append(f"--method {_flags(method)}, which needs {kib(smaller.cost.ram)}")
             break
     boards = [b for b in catalogue.boards().values() if b.kind == "mcu" or not hints]
-    able = [b for b in boards if p.cost.ram <= b.available and p.cost.flash <= b.flash]
+    others = [b for b in boards if p.board is None or b.name != p.board.name]
+    able = [b for b in others if p.cost.ram <= b.available and p.cost.flash <= b.flash]
     if able:
         nearest = min(able, key=lambda b: b.available)
         hints.append(f"--board {nearest.name}, which has {size(nearest.available)}")
