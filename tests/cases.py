@@ -260,6 +260,7 @@ CASES: list[Case] = [
     only("under a norm", "mobile", {"stem.0.weight": None, "block.3.weight": None}),
     # optimisers and accumulation
     *(Case(net, Full(), MOMENTUM) for net in ("mlp", "conv", "norms")),
+    Case("mlp", Full(), SGD(lr=0.05, weight_decay=0.1), note="decay"),
     *(Case(net, Full(), ADAM) for net in ("rows", "groups", "regression")),
     *(Case(net, Full(), SGD(lr=0.05), 3) for net in ("conv", "norms", "concats", "residuals")),
     Case("mobile", Full(), MOMENTUM, 3),

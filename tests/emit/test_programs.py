@@ -61,6 +61,30 @@ def test_gradients_that_share_a_buffer_do_not_spoil_each_other(kernels, graph, o
     takes_the_step_of_autograd(kernels, whole(graph, accumulate=accumulate), order)
 
 
+def one_by_one(size: int, **attrs: object) -> graphs.Graph:
+    """A 1x1 convolution whose output is as large as its input, but not pixel by pixel."""
+    b = Builder(2, size, size)
+    y = b.conv(b.conv("input", 5, kernel=1, name="below"), 6, kernel=1, name="op", **attrs)
+    assert b.shape(y)[2:] == (size, size)
+    return b.graph(b.linear(b.flatten(y), 3, name="head"))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "graph",
+    [
+        one_by_one(1, stride=(2, 2), padding=(1, 1, 0, 0)),
+        one_by_one(1, stride=(2, 1), padding=(1, 0, 0, 0)),
+        one_by_one(1, stride=(3, 3), padding=(0, 0, 2, 2)),
+        one_by_one(3, stride=(2, 2), padding=(0, 0, 2, 2)),
+        one_by_one(3, stride=(2, 2), padding=(1, 1, 1, 1)),
+    ],
+    ids=["in padding", "row in padding", "first pixel", "to the end", "to both sides"],
+)
+def test_a_one_by_one_convolution_over_padding_reads_zeros(kernels, graph, order):
+    takes_the_step_of_autograd(kernels, whole(graph), order)
+
+
 @settings(max_examples=250)
 @given(job=graphs.jobs(10), order=st.sampled_from(ORDERS))
 def test_a_generated_program_takes_the_step_that_autograd_says(kernels, job, order):

@@ -12,11 +12,16 @@
 #include "mo_gemm.h"
 #include "mo_kernels.h"
 
+/* Every output pixel comes from the one input pixel in its place. */
+static int pixel_by_pixel(const mo_conv_t *g) {
+  return g->k_h == 1 && g->k_w == 1 && g->stride_h == 1 && g->stride_w == 1 && g->pad_t == 0 &&
+         g->pad_l == 0 && g->in_h == g->out_h && g->in_w == g->out_w;
+}
+
 /* A 1x1 convolution without stride or padding sees one long row of pixels. */
 static mo_conv_t flattened(const mo_conv_t *geometry) {
   mo_conv_t g = *geometry;
-  if (g.k_h == 1 && g.k_w == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_t == 0 &&
-      g.pad_l == 0 && g.in_h == g.out_h && g.in_w == g.out_w) {
+  if (pixel_by_pixel(geometry)) {
     g.in_w *= g.in_h;
     g.out_w = g.in_w;
     g.in_h = g.out_h = 1;
@@ -116,7 +121,7 @@ void mo_conv2d_dx(float *dx, const float *dy, const float *w, const mo_conv_t *g
   const mo_conv_t g = flattened(geometry);
   const int32_t channels = g.in_c / g.groups, out_channels = g.out_c / g.groups;
   const int32_t taps = g.k_h * g.k_w, row = g.in_w * g.in_c;
-  const int covered = taps == 1 && g.out_h == g.in_h && g.out_w == g.in_w;
+  const int covered = pixel_by_pixel(geometry);
   mo_gemm_t p = {0};
   p.cm = g.stride_w * g.in_c;
   p.am = g.out_c;
@@ -187,7 +192,7 @@ void mo_conv2d_dw(float *dw, const float *dy, const float *x, const mo_conv_t *g
   const int32_t channels = g.in_c / g.groups, out_channels = g.out_c / g.groups;
   const int32_t taps = g.k_h * g.k_w, pixels = g.out_h * g.out_w;
   mo_gemm_t p = {0};
-  if (g.groups == 1 && taps == 1 && pixels == 1) {
+  if (g.groups == 1 && pixels == 1 && pixel_by_pixel(geometry)) {
     outer_product(dw, dy + row0, x, row1 - row0, channels, accumulate);
     return;
   }
