@@ -101,7 +101,7 @@ def measure(net: str, update: str, rounds: int, steps: int) -> dict:
 
 
 def torch_step(model: torch.nn.Module, plan: mo.Plan):
-    trained = {u.param for u in plan.selection}
+    trained = {u.param for u in plan.selection.updates}
     for name, p in model.named_parameters():
         p.requires_grad_(name in trained)
     params = [p for p in model.parameters() if p.requires_grad]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from hypothesis import strategies as st
 
@@ -10,7 +10,7 @@ from modicum.graph import Graph, Node, Param, Shape, Value
 from modicum.methods import Explicit
 from modicum.ops import OPS
 from modicum.optim import SGD, Adam
-from modicum.selection import Slice, Update
+from modicum.selection import Selection, Slice, Update, takes_sign
 
 
 class Builder:
@@ -65,7 +65,7 @@ class Builder:
     def norm(self, x: str, affine: bool = True, name: str = "") -> str:
         roles = ("weight", "bias", "mean", "var") if affine else ("mean", "var")
         params = {role: (self.shape(x)[1],) for role in roles}
-        return self.add("batch_norm", x, params=params, name=name, eps=1e-5)
+        return self.add("batch_norm", x, params=params, name=name, eps=1e-5, momentum=0.3)
 
     def relu(self, x: str, lo: float | None = 0.0, hi: float | None = None, name: str = "") -> str:
         return self.add("clamp", x, name=name, lo=lo, hi=hi)
@@ -178,6 +178,45 @@ def _clamp(draw: st.DrawFn, b: Builder, x: str) -> str:
     return b.relu(x, lo, hi)
 
 
+def _activation(draw: st.DrawFn, b: Builder, x: str) -> str:
+    return b.add(draw(st.sampled_from(["hardswish", "hardsigmoid", "sigmoid", "silu"])), x)
+
+
+def _group_norm(draw: st.DrawFn, b: Builder, x: str) -> str:
+    if len(b.shape(x)) == 3:
+        raise ValueError("no channels to group")
+    c = b.shape(x)[1]
+    groups = draw(st.sampled_from([g for g in range(1, c + 1) if c % g == 0]))
+    if b.values[x].size // groups < 2:
+        raise ValueError("no variance")
+    params = {"weight": (c,), "bias": (c,)} if draw(st.booleans()) else {}
+    return b.add("group_norm", x, params=params, groups=groups, eps=1e-5)
+
+
+def _gate(draw: st.DrawFn, b: Builder, x: str) -> str:
+    """Squeeze and excitation."""
+    pooled = b.add("adaptive_avg_pool2d", x, size=(1, 1))
+    squeezed = b.relu(b.conv(pooled, draw(st.integers(1, 4)), kernel=1))
+    gate = b.conv(squeezed, b.shape(x)[1], kernel=1)
+    return b.add("mul", b.add(draw(st.sampled_from(["hardsigmoid", "sigmoid"])), gate), x)
+
+
+def _mul(draw: st.DrawFn, b: Builder, x: str) -> str:
+    same = [n for n, v in b.values.items() if v.shape == b.shape(x)]
+    return b.add("mul", draw(st.sampled_from(same)), x)
+
+
+def _resize(draw: st.DrawFn, b: Builder, x: str) -> str:
+    mode, align = draw(st.sampled_from([("nearest", 0), ("bilinear", 0), ("bilinear", 1)]))
+    h, w = b.shape(x)[2:]
+    if draw(st.booleans()):
+        size, scales = (draw(st.integers(1, 8)), draw(st.integers(1, 8))), (0.0, 0.0)
+    else:
+        scales = tuple(draw(st.sampled_from([0.5, 1.5, 2.0, 2.3])) for _ in range(2))
+        size = (int(h * scales[0]), int(w * scales[1]))
+    return b.add("resize", x, size=size, mode=mode, align=bool(align), scales=scales)
+
+
 def _window(draw: st.DrawFn) -> dict[str, object]:
     kernel = (draw(small), draw(small))
     return {
@@ -245,15 +284,17 @@ def _linear(draw: st.DrawFn, b: Builder, x: str) -> str:
 
 
 IMAGE: list[Grow] = [
-    _conv, _conv, _pointwise, _norm, _clamp, _clamp, _max_pool, _avg_pool, _adaptive, _add, _add,
-    _concat, _reshape,
+    _conv, _conv, _pointwise, _norm, _norm, _clamp, _clamp, _max_pool, _avg_pool, _adaptive, _add,
+    _add, _concat, _reshape, _activation, _activation, _group_norm, _gate, _mul, _resize,
 ]  # fmt: skip
-FLAT: list[Grow] = [_linear, _linear, _norm, _clamp, _add, _add, _concat, _reshape]
+FLAT: list[Grow] = [
+    _linear, _linear, _norm, _clamp, _add, _add, _concat, _reshape, _activation, _group_norm, _mul,
+]  # fmt: skip
 
 
 @st.composite
-def selections(draw: st.DrawFn, graph: Graph, slices: bool = True) -> tuple[Update, ...]:
-    """Some of the trainable parameters, some of them in slices."""
+def selections(draw: st.DrawFn, graph: Graph, slices: bool = True, modes: bool = True) -> Selection:
+    """Some of the trainable parameters, some in slices; batch statistics and sign masks."""
     names = graph.trainable()
     chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=5, unique=True))
     if not draw(st.integers(0, 3)):
@@ -263,7 +304,31 @@ def selections(draw: st.DrawFn, graph: Graph, slices: bool = True) -> tuple[Upda
         if name in chosen:
             part = draw(_slices(graph, name)) if slices else Slice()
             updates.append(Update(param=name, slice=part))
-    return tuple(updates)
+    norms, signs = [], []
+    if modes:
+        norms = [n.name for n in graph.nodes if n.op == "batch_norm" and _pixels(graph, n.name) > 1]
+        signs = [n.name for n in graph.nodes if takes_sign(n)]
+    batch = {n for n in norms if not draw(st.integers(0, 2))}
+    sign = {n for n in signs if draw(st.booleans())}
+    trained = [u for u in updates if u.slice.whole or not _batch_scale(graph, u.param, batch)]
+    return Selection(
+        updates=tuple(trained or [Update(param=names[-1])]),
+        batch_norms=tuple(n for n in norms if n in batch),
+        sign=tuple(n for n in signs if n in sign),
+    )
+
+
+def _pixels(graph: Graph, name: str) -> int:
+    shape = graph.shape(name)
+    return shape[2] * shape[3] if len(shape) == 4 else 1
+
+
+def _batch_scale(graph: Graph, param: str, batch: set[str]) -> bool:
+    """A scale that can only be trained whole."""
+    return any(
+        role == "weight" and (node.name in batch or node.op == "group_norm")
+        for node, role in graph.users_of(param)
+    )
 
 
 def _slices(graph: Graph, name: str) -> st.SearchStrategy[Slice]:
@@ -304,8 +369,10 @@ def jobs(draw: st.DrawFn, most: int = 8) -> dict[str, object]:
     }
 
 
-def explicit(updates: Iterable[Update]) -> Explicit:
-    """The method that selects exactly these."""
+def explicit(selection: Selection) -> Explicit:
+    """The method that selects exactly this."""
     return Explicit(
-        params={u.param: {"out": u.slice.out, "inp": u.slice.inp} for u in updates}  # type: ignore[dict-item]
+        params={u.param: {"out": u.slice.out, "inp": u.slice.inp} for u in selection.updates},  # type: ignore[dict-item]
+        batch_norms=selection.batch_norms,
+        sign=selection.sign,
     )

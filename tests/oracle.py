@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modicum.apply import Tuned, _slot
 from modicum.graph import Graph, Node
 from modicum.plan import Plan
-from modicum.selection import Slice
+from modicum.selection import Selection, Slice
 
 
 class GraphModel(nn.Module):
@@ -36,18 +36,58 @@ class GraphModel(nn.Module):
         randomise(self, seed)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = {self.graph.input: x}
-        for node in self.graph.nodes:
-            inputs = [values[v] for v in node.inputs]
-            state = dict(self.named_parameters()) | dict(self.named_buffers())
-            params = {role: state[name] for role, name in node.params.items()}
-            values[node.name] = run_node(node, inputs, params)
-        return values[self.graph.output]
+        return run_graph(self.graph, self, x, Selection(updates=()))
 
 
-def run_node(node: Node, x: list[Tensor], p: Mapping[str, Tensor]) -> Tensor:
+def run_graph(graph: Graph, model: nn.Module, x: Tensor, selection: Selection) -> Tensor:
+    """The graph with the model's parameters, and the selection's norms and activations."""
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    values = {graph.input: x}
+    for node in graph.nodes:
+        inputs = [values[v] for v in node.inputs]
+        params = {role: state[name] for role, name in node.params.items()}
+        batch, sign = node.name in selection.batch_norms, node.name in selection.sign
+        values[node.name] = run_node(node, inputs, params, batch, sign)
+    return values[graph.output]
+
+
+class SignMask(torch.autograd.Function):
+    """The identity on the activation's output; its gradient g * 1[a >= 0] goes to its input a."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return g * (ctx.saved_tensors[0] >= 0), None
+
+
+def run_node(
+    node: Node, x: list[Tensor], p: Mapping[str, Tensor], batch: bool = False, sign: bool = False
+) -> Tensor:
     a = node.attrs
+    if sign:
+        return SignMask.apply(x[0], run_node(node, [x[0].detach()], p))
     match node.op:
+        case "hardswish":
+            return F.hardswish(x[0])
+        case "hardsigmoid":
+            return F.relu6(x[0] + 3.0) / 6.0  # PyTorch divides by a float 6 in double, too
+        case "sigmoid":
+            return torch.sigmoid(x[0])
+        case "silu":
+            return F.silu(x[0])
+        case "mul":
+            return x[0] * x[1]
+        case "group_norm":
+            return F.group_norm(x[0], a["groups"], p.get("weight"), p.get("bias"), a["eps"])
+        case "resize":
+            scales = any(a["scales"])
+            how = {"scale_factor": a["scales"]} if scales else {"size": a["size"]}
+            align = a["align"] if a["mode"] == "bilinear" else None
+            return F.interpolate(x[0], **how, mode=a["mode"], align_corners=align)
         case "conv2d":
             top, left, bottom, right = a["padding"]
             if (top, left) == (bottom, right):
@@ -61,6 +101,8 @@ def run_node(node: Node, x: list[Tensor], p: Mapping[str, Tensor]) -> Tensor:
             return F.linear(x[0], p["weight"], p.get("bias"))
         case "batch_norm":
             norm = (p["mean"], p["var"], p.get("weight"), p.get("bias"))
+            if batch:
+                return F.batch_norm(x[0], *norm, True, a["momentum"], a["eps"])
             return F.batch_norm(x[0], *norm, training=False, eps=a["eps"])
         case "clamp":
             if a["hi"] is None:
@@ -125,11 +167,17 @@ def autograd_gradients(model: nn.Module, plan: Plan, x: Tensor, y: Tensor) -> di
     """In double precision, on the original model; each cut to the slice that the plan trains."""
     net = copy.deepcopy(model).double().eval()
     params = dict(net.named_parameters())
-    names = [u.param for u in plan.selection]
+    names = [u.param for u in plan.selection.updates]
     for name, p in params.items():
         p.requires_grad_(name in names)
-    total_loss(plan.loss, net(x.double()), y).backward()
-    return {u.param: cut(gradient(params[u.param]), u.slice).detach() for u in plan.selection}
+    if plan.selection.batch_norms or plan.selection.sign:
+        output = run_graph(plan.graph, net, x.double(), plan.selection)
+    else:
+        output = net(x.double())
+    total_loss(plan.loss, output, y).backward()
+    return {
+        u.param: cut(gradient(params[u.param]), u.slice).detach() for u in plan.selection.updates
+    }
 
 
 def tuned_gradients(tuned: Tuned, x: Tensor, y: Tensor) -> dict[str, Tensor]:

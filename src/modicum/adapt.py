@@ -43,8 +43,6 @@ def adapt(
     was learned.  Raises InvalidInput for data that does not fit the plan or is not finite.
     """
     if epochs < 0 or micro_batch < 1:
-        raise UsageError(f"cannot adapt over {epochs} epochs in micro-batches of {micro_batch}")
-    if micro_batch < 1 or epochs < 0:
         raise UsageError(
             f"cannot train for {epochs} epochs in micro-batches of {micro_batch}",
             hint="epochs from 0 and micro_batch from 1 on",
@@ -59,13 +57,13 @@ def adapt(
         trace.accuracy_before = accuracy(plan, trace.logits_before, checked[1])
     rng = np.random.default_rng(seed)
     trace.order = [int(i) for _ in range(epochs) for i in rng.permutation(len(x))]
-    recorded: dict[str, list[Any]] = {name: [] for name in tuned.trained}
+    recorded: dict[str, list[Any]] = {name: [] for name in tuned.moving}
     start = time.perf_counter()
     with _bar(progress, len(trace.order)) as advance:
         for i, loss in _train(tuned, plan, x, y, trace.order, micro_batch):
             trace.losses.append(loss)
             if record:
-                for name, p in tuned.trained.items():
+                for name, p in tuned.moving.items():
                     recorded[name].append(p.detach().cpu().numpy().copy())
             if on_step is not None:
                 on_step(i, loss)
@@ -113,7 +111,7 @@ def sample_losses(plan: Plan, logits: Tensor, y: Tensor) -> Tensor:
 
 def torch_optimizer(config: SGD | Adam, tuned: Tuned, plan: Plan) -> torch.optim.Optimizer:
     """The optimiser of a plan over the trained slices, with each slice's own step size."""
-    rates = {u.param: u.rates[0] for u in plan.selection}
+    rates = {u.param: u.rates[0] for u in plan.selection.updates}
     groups = [{"params": [p], "lr": config.lr * rates[n]} for n, p in tuned.trained.items()]
     if isinstance(config, Adam):
         return torch.optim.Adam(
@@ -126,8 +124,11 @@ def torch_optimizer(config: SGD | Adam, tuned: Tuned, plan: Plan) -> torch.optim
 
 def predict(module: nn.Module, x: Tensor, batch: int = 256) -> Any:
     """Outputs on many inputs, as a numpy array."""
+    training = module.training
+    module.eval()
     with torch.no_grad():
         parts = [module(x[i : i + batch].to(_device(module))) for i in range(0, len(x), batch)]
+    module.train(training)
     return torch.cat(parts).cpu().numpy()
 
 

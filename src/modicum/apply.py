@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +14,6 @@ from modicum.capture import check_model, state_of
 from modicum.graph import Node
 from modicum.ops import OPS
 from modicum.ops.base import Kept, Wanted
-from modicum.ops.clamp import Clamp
-from modicum.ops.pool import MaxPool2d
 from modicum.plan import Plan
 from modicum.selection import Slice
 from modicum.state import cut, materialise
@@ -25,8 +24,9 @@ def apply(model: nn.Module, plan: Plan) -> Tuned:
 
     Its parameters are the trained slices, nothing else; its weights start as copies of the
     model's, which is left alone.  Works with any loss and optimiser, any batch size, on CPU or
-    GPU.  `write_to(model)` puts what was learned back.  Raises InvalidInput when the plan was
-    made for another model.
+    GPU.  Norms that follow batch statistics do so in training mode, with the batch that passes;
+    call `eval()` to predict.  `write_to(model)` puts what was learned back.  Raises InvalidInput
+    when the plan was made for another model.
     """
     check_model(plan.graph, model)
     return Tuned(model, plan)
@@ -56,6 +56,12 @@ class Tuned(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: self._slots[_slot(name)] for name in self._slices}
 
+    @property
+    def moving(self) -> dict[str, Tensor]:
+        """All that a step changes: the trained slices, and statistics that norms follow."""
+        statistics = {t.param: getattr(self, _slot(t.param)) for t in self.plan.program.statistics}
+        return {**self.trained, **statistics}
+
     def forward(self, x: Tensor) -> Tensor:
         values = {self.plan.program.graph.input: x.detach()}
         for node in self.nodes:
@@ -71,9 +77,15 @@ class Tuned(nn.Module):
         wanted = self.plan.program.wanted[node.name]
         if not wanted.any:
             with torch.no_grad():
-                return op.forward(node, inputs, self._params(node, {}))
+                params = self._params(node, {})
+                if op.states and self.training:
+                    return op.forward_saving(node, inputs, params)[0]
+                return op.forward(node, inputs, params)
         if op.plain_autograd:
             return op.forward(node, inputs, {})
+        if op.states and not self.training:  # an affine map by the running statistics
+            slots = {role: self._slots[_slot(node.params[role])] for role in wanted.params}
+            return op.forward(node, inputs, self._params(node, slots))
         trained = {role: self._slots[_slot(node.params[role])] for role in wanted.params}
         y = _Step.apply(self, node, len(inputs), *inputs, *trained.values())
         return cast(Tensor, y)
@@ -92,7 +104,7 @@ class Tuned(nn.Module):
 
     def write_to(self, model: nn.Module) -> None:
         """Copy the trained slices into `model`'s parameters of the same names."""
-        targets = dict(model.named_parameters())
+        targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
             for name, value in self.learned().items():
                 targets[name].copy_(value)
@@ -104,6 +116,8 @@ class Tuned(nn.Module):
             s = self._slices[name]
             part = slot.detach()
             whole[name] = part.clone() if s.whole else _overlay(getattr(self, _slot(name)), part, s)
+        for t in self.plan.program.statistics:
+            whole[t.param] = getattr(self, _slot(t.param)).clone()
         return whole
 
 
@@ -117,12 +131,12 @@ class _Step(torch.autograd.Function):
         roles = list(program.wanted[node.name].params)
         params = tuned._params(node, dict(zip(roles, trained, strict=True)))
         op = OPS[node.op]
-        codes = None
-        if isinstance(op, MaxPool2d) and program.kept[node.name]:
-            y, codes = op.forward_with_codes(node, inputs[0])
+        aux = None
+        if any(k.kind in ("code", "stats") for k in program.kept[node.name]):
+            y, aux = op.forward_saving(node, inputs, params)
         else:
             y = op.forward(node, inputs, params)
-        kept = [_keep(k, node, inputs, y, codes) for k in program.kept[node.name]]
+        kept = [_keep(k, node, inputs, y, aux) for k in program.kept[node.name]]
         ctx.save_for_backward(*kept, *trained)
         ctx.tuned, ctx.node, ctx.n_kept = tuned, node, len(kept)
         ctx.shapes, ctx.y_shape = [tuple(x.shape) for x in inputs], tuple(y.shape)
@@ -145,28 +159,42 @@ class _Step(torch.autograd.Function):
         return (None, None, None, *dx, *(grads[role] for role in wanted.params))
 
 
-def _keep(k: Kept, node: Node, inputs: Sequence[Tensor], y: Tensor, codes: Tensor | None) -> Tensor:
-    if k.kind == "value":
-        return y if k.value == node.name else inputs[node.inputs.index(k.value)]
+def _keep(k: Kept, node: Node, inputs: Sequence[Tensor], y: Tensor, aux: Tensor | None) -> Tensor:
+    if k.kind in ("value", "mask"):
+        source = y if k.value == node.name else inputs[node.inputs.index(k.value)]
+        return source if k.kind == "value" else pack_mask(OPS[node.op].mask(node, source))
     if k.kind == "channels":
         dim = -1 if node.op == "linear" else 1
         index = torch.tensor(k.channels, device=y.device)
         return inputs[0].index_select(dim, index)
-    if k.kind == "mask":
-        return pack_bits(cast(Clamp, OPS["clamp"]).passes(node, y).to(torch.uint8), 1)
-    assert codes is not None
-    return pack_bits(codes.to(torch.uint8), k.bits)
+    assert aux is not None
+    return aux if k.kind == "stats" else pack_bits(aux.to(torch.uint8), k.bits)
 
 
 def _restore(k: Kept, node: Node, t: Tensor, y_shape: tuple[int, ...]) -> Tensor:
-    """What the operator's backward takes: a clamp gets its mask, a pool its codes."""
-    if k.kind in ("mask", "code"):
-        n = math.prod(y_shape)
-        flat = unpack_bits(t, k.bits, n).reshape(y_shape)
-        return flat.bool() if k.kind == "mask" else flat.long()
-    if node.op == "clamp":
-        return cast(Clamp, OPS["clamp"]).passes(node, t)
+    """What the operator's backward takes: an activation gets its mask, a pool its codes."""
+    if k.kind == "mask":
+        return unpack_mask(t, y_shape)
+    if k.kind == "code":
+        return unpack_bits(t, k.bits, math.prod(y_shape)).reshape(y_shape).long()
+    if k.shared:
+        return OPS[node.op].mask(node, t)
     return t
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Booleans, packed 8 to a byte, the first in the lowest bit."""
+    if mask.device.type != "cpu":
+        return pack_bits(mask.to(torch.uint8), 1)
+    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1), bitorder="little"))
+
+
+def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    n = math.prod(shape)
+    if packed.device.type != "cpu":
+        return unpack_bits(packed, 1, n).reshape(shape).bool()
+    bits = np.unpackbits(packed.numpy(), count=n, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:

@@ -322,9 +322,9 @@ def _linear(r: _Reader, fx: Any) -> None:
 
 def _batch_norm(r: _Reader, fx: Any) -> None:
     if "native" in str(fx.target):
-        x, weight, bias, mean, var, _, eps = fx.args
+        x, weight, bias, mean, var, momentum, eps = fx.args
     else:
-        x, weight, bias, mean, var, training, _, eps, *_ = fx.args
+        x, weight, bias, mean, var, training, momentum, eps, *_ = fx.args
         if training:
             raise _Unsupported("batch statistics; put the model in eval mode")
     if mean is None:
@@ -332,7 +332,15 @@ def _batch_norm(r: _Reader, fx: Any) -> None:
     if len(r.shape(x)) not in (2, 4):
         raise _Unsupported("a batch norm over rank 3")
     params = {"weight": weight, "bias": bias, "mean": mean, "var": var}
-    r.add(fx, "batch_norm", [r.value(x)], params, eps=float(eps))
+    r.add(fx, "batch_norm", [r.value(x)], params, eps=float(eps), momentum=float(momentum))
+
+
+def _group_norm(r: _Reader, fx: Any) -> None:
+    x, groups, weight, bias, eps = _args(
+        fx, ("input", None), ("num_groups", 1), ("weight", None), ("bias", None), ("eps", 1e-5)
+    )
+    params = {"weight": weight, "bias": bias}
+    r.add(fx, "group_norm", [r.value(x)], params, groups=int(groups), eps=float(eps))
 
 
 def _getitem(r: _Reader, fx: Any) -> None:
@@ -362,6 +370,13 @@ def _aten_clamp(r: _Reader, fx: Any) -> None:
 def _add_clamp(r: _Reader, fx: Any, lo: float | None, hi: float | None) -> None:
     low, high = (None if b is None else float(b) for b in (lo, hi))
     r.add(fx, "clamp", [r.value(fx.args[0])], lo=low, hi=high)
+
+
+def _elementwise(op: str) -> Reader:
+    def read(r: _Reader, fx: Any) -> None:
+        r.add(fx, op, [r.value(fx.args[0])])
+
+    return read
 
 
 def _max_pool2d(r: _Reader, fx: Any) -> None:
@@ -424,6 +439,27 @@ def _add(r: _Reader, fx: Any) -> None:
     r.add(fx, "add", [r.value(fx.args[0]), r.value(fx.args[1])])
 
 
+def _mul(r: _Reader, fx: Any) -> None:
+    """A product; what is spread over the other's pixels comes first."""
+    gate, x = (r.value(a) for a in fx.args[:2])
+    if len(r.values[gate].shape) == 4 and math.prod(r.values[gate].shape[2:]) > 1:
+        gate, x = x, gate
+    r.add(fx, "mul", [gate, x])
+
+
+def _resize(mode: str) -> Reader:
+    def read(r: _Reader, fx: Any) -> None:
+        """upsample_*.vec: (x, size | None, [align,] scale_factors | None)"""
+        x, size, *more = fx.args
+        align = bool(more[0]) if mode == "bilinear" else False
+        factors = more[-1] if size is None else None
+        scales = tuple(float(f) for f in factors) if factors else (0.0, 0.0)
+        out = tuple(int(n) for n in fx.meta["val"].shape[2:])
+        r.add(fx, "resize", [r.value(x)], size=out, mode=mode, align=align, scales=scales)
+
+    return read
+
+
 def _cat(r: _Reader, fx: Any) -> None:
     xs = [r.value(x) for x in fx.args[0]]
     dim = fx.args[1] if len(fx.args) > 1 else 0
@@ -454,17 +490,25 @@ READERS: dict[str, Reader] = {
     "linear": _linear,
     "batch_norm": _batch_norm,
     "_native_batch_norm_legit_no_training": _batch_norm,
+    "group_norm": _group_norm,
     "getitem": _getitem,
     "relu": _clamp(0.0, None),
     "relu6": _clamp(0.0, 6.0),
     "hardtanh": _hardtanh,
     "clamp": _aten_clamp,
+    "hardswish": _elementwise("hardswish"),
+    "hardsigmoid": _elementwise("hardsigmoid"),
+    "sigmoid": _elementwise("sigmoid"),
+    "silu": _elementwise("silu"),
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,
     "adaptive_avg_pool2d": _adaptive_avg_pool2d,
     "_adaptive_avg_pool2d": _adaptive_avg_pool2d,
     "mean": _mean,
+    "upsample_nearest2d": _resize("nearest"),
+    "upsample_bilinear2d": _resize("bilinear"),
     "add": _add,
+    "mul": _mul,
     "cat": _cat,
     "view": _reshape,
     "reshape": _reshape,

@@ -27,6 +27,22 @@ KERNEL_CODE = {
     **{"mo_add": 60, "mo_copy_blocks": 416, "mo_gather": 68, "mo_transpose": 56},
     **{"mo_assemble": 480, "mo_cross_entropy": 736, "mo_mse": 68},
     **{"mo_sgd": 36, "mo_momentum": 52, "mo_adam": 124, "memset": 160},
+    **{"mo_sign_pack": 700, "mo_sign_backward": 240},
+    **{"mo_hardswish_forward": 92, "mo_hardswish_backward": 96},
+    **{"mo_hardsigmoid_forward": 84, "mo_hardsigmoid_backward": 260},
+    **{"mo_sigmoid_forward": 308, "mo_sigmoid_backward": 236},
+    **{"mo_silu_forward": 324, "mo_silu_backward": 336, "mo_mul": 240, "mo_mul_dgate": 84},
+    **{"mo_batch_norm_forward": 356, "mo_batch_norm_follow": 148, "mo_batch_norm_dx": 212},
+    **{
+        "mo_group_norm_forward": 444,
+        "mo_group_norm_dx": 384,
+        "mo_group_norm_dgamma": 192,
+        "mo_norm_dgamma_start": 156,
+    },
+    **{"mo_norm_dw_rows": 132, "mo_norm_dw_channels": 128},
+    **{"mo_standardise": 224, "mo_standardise_dw": 296},
+    **{"mo_resize_nearest_forward": 360, "mo_resize_nearest_backward": 624},
+    **{"mo_resize_bilinear_forward": 416, "mo_resize_bilinear_backward": 648},
 }
 CODE_BASE = 7 * 1024
 CALL_BYTES = 32
@@ -103,7 +119,7 @@ def cost(program: Program, placement: Placement, board: Board | None) -> Cost:
         flash_weights=weights,
         flash_code=code,
         flash=weights + code,
-        upload=4 * trained,
+        upload=4 * sum(t.size for t in program.learned),
         macs_forward=sum(m.forward for m in program.macs.values()),
         macs_backward=sum(m.dx + m.dw for m in program.macs.values()),
     )
@@ -133,7 +149,7 @@ def flash(program: Program) -> tuple[int, int]:
             data += 2 * len(a.channels)
         elif isinstance(a, Struct):
             data += 4 * len(a.fields)
-    data += sum(4 * t.size for t in program.trained)
+    data += sum(4 * t.size for t in program.learned)
     calls = [call for step in program.steps for call in step.calls]
     kernels = {call.fn for call in calls}
     code = CODE_BASE + sum(KERNEL_CODE[k] for k in kernels) + CALL_BYTES * len(calls)

@@ -29,10 +29,11 @@ from modicum.ops.base import (
     Macs,
     Wanted,
     channels_last,
-    clamp_args,
     count,
 )
-from modicum.ops.pool import MaxPool2d
+from modicum.ops.clamp import clamp_bounds
+from modicum.ops.conv2d import is_depthwise
+from modicum.ops.norm_conv2d import NormConv2d
 from modicum.optim import SGD, Adam
 from modicum.selection import Selection, Slice, Update, check_selection
 
@@ -94,7 +95,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained parameter slice as it lives in RAM."""
+    """A parameter slice that training changes, as it lives in RAM.
+
+    The optimiser trains it, or, a `statistic`, the forward pass moves it.
+    """
 
     param: str
     slice: Slice
@@ -102,6 +106,7 @@ class Trained:
     layout: Layout
     rate: float
     buffer: str
+    statistic: bool = False
 
     @property
     def size(self) -> int:
@@ -116,7 +121,8 @@ class Program:
     """The steps of one training sample, in order, over named buffers.
 
     `graph` is the prepared graph (batch norms folded where nothing trains them).  `kept` and
-    `wanted` say per node what stays for the backward pass and what it computes.
+    `wanted` say per node what stays for the backward pass and what it computes.  `trained` are
+    the slices that the optimiser trains, `statistics` what norms move in the forward pass.
     """
 
     graph: Graph
@@ -127,11 +133,17 @@ class Program:
     buffers: Mapping[str, Buffer]
     steps: tuple[Step, ...]
     trained: tuple[Trained, ...]
+    statistics: tuple[Trained, ...]
     wanted: Mapping[str, Wanted]
     kept: Mapping[str, tuple[Kept, ...]]
     macs: Mapping[str, Macs]
     input_buffer: str
     output_buffer: str
+
+    @property
+    def learned(self) -> tuple[Trained, ...]:
+        """All that training changes."""
+        return (*self.trained, *self.statistics)
 
     @cached_property
     def saved_bytes(self) -> int:
@@ -191,7 +203,7 @@ def lower(
             hint="end the model with a flatten, so that its output is (n, outputs)",
         )
     prepared = prepare(graph, selection)
-    updates = {u.param: u for u in selection}
+    updates = {u.param: u for u in selection.updates}
     _refuse_what_is_not_there_yet(prepared, updates)
     wanted = wanted_gradients(prepared, updates)
     kept = choose_saved(prepared, wanted)
@@ -200,7 +212,7 @@ def lower(
 
 def lower_inference(graph: Graph) -> Program:
     """The forward pass alone, everything frozen: its peak is the floor of every plan."""
-    prepared = prepare(graph, ())
+    prepared = prepare(graph, Selection(updates=()))
     wanted = {n.name: Wanted((False,) * len(n.inputs)) for n in prepared.nodes}
     kept: dict[str, tuple[Kept, ...]] = {n.name: () for n in prepared.nodes}
     low = _Lowering(prepared, {}, wanted, kept, SGD(), "cross_entropy", 1, "dx-first")
@@ -211,31 +223,43 @@ def lower_inference(graph: Graph) -> Program:
 
 
 def prepare(graph: Graph, selection: Selection) -> Graph:
-    """Fold each batch norm into the layer before it where the selection trains neither.
+    """Write the selection's decisions into the graph's operators.
 
-    A batch norm that stays gets its missing scale and shift, and its 1 / sqrt(var + eps), as
-    constants.
+    A batch norm whose statistics are frozen becomes part of the convolution before it: folded
+    into its weight where the selection trains neither, one `norm_conv2d` where the weight is
+    trained whole.  One that stays gets its missing scale and shift, and its 1 / sqrt(var + eps),
+    as constants.  Norms with batch statistics become `batch_stat_norm`; activations with a sign
+    mask get the attribute `sign`.
     """
-    trained = {u.param for u in selection}
+    updates = {u.param: u for u in selection.updates}
     params, nodes = dict(graph.params), []
     renamed: dict[str, str] = {}
-    folded: dict[str, Node] = {}
+    norm_of: dict[str, Node] = {}
     for node in graph.nodes:
-        bn = _foldable(graph, node, trained)
-        if bn is not None:
-            folded[bn.name] = node
+        bn = _norm_after(graph, node, selection)
+        if bn is not None and (
+            _foldable(node, bn, updates) or _mergeable(graph, node, bn, updates)
+        ):
+            norm_of[node.name] = bn
+            renamed[bn.name] = node.name
     for node in graph.nodes:
-        if node.name in folded:
-            renamed[node.name] = folded[node.name].name
+        if node.name in renamed:
             continue
-        inputs = tuple(renamed.get(x, x) for x in node.inputs)
-        roles = dict(node.params)
-        bn = next((b for b in graph.nodes if folded.get(b.name) is node), None)
-        if bn is not None:
-            roles = _fold(node, bn, params)
+        changed: dict[str, object] = {"inputs": tuple(renamed.get(x, x) for x in node.inputs)}
+        bn = norm_of.get(node.name)
+        if bn is not None and _foldable(node, bn, updates):
+            changed["params"] = _fold(node, bn, params)
+        elif bn is not None:
+            changed["op"] = "norm_conv2d"
+            changed["params"] = _merge(node, bn, params)
+        elif node.name in selection.batch_norms:
+            changed["op"] = "batch_stat_norm"
+            changed["params"] = _complete(node, params, rstd=False)
         elif node.op == "batch_norm":
-            roles = _complete(node, params)
-        nodes.append(node.model_copy(update={"inputs": inputs, "params": roles}))
+            changed["params"] = _complete(node, params)
+        elif node.name in selection.sign:
+            changed["attrs"] = {**node.attrs, "sign": True}
+        nodes.append(node.model_copy(update=changed))
     used = {name for node in nodes for name in node.params.values()}
     alive = {graph.input, *(n.name for n in nodes)}
     return Graph(
@@ -247,14 +271,34 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
     )
 
 
-def _foldable(graph: Graph, node: Node, trained: set[str]) -> Node | None:
+def _norm_after(graph: Graph, node: Node, selection: Selection) -> Node | None:
+    """The batch norm with frozen statistics that alone reads a convolution or linear layer."""
     if node.op not in ("conv2d", "linear") or len(graph.consumers[node.name]) != 1:
         return None
     (bn,) = graph.consumers[node.name]
     if bn.op != "batch_norm" or node.name == graph.output or len(graph.shape(node.name)) == 3:
         return None
-    names = (*node.params.values(), *bn.params.values())
-    return None if any(name in trained for name in names) else bn
+    return None if bn.name in selection.batch_norms else bn
+
+
+def _foldable(node: Node, bn: Node, updates: Mapping[str, Update]) -> bool:
+    return not any(name in updates for name in (*node.params.values(), *bn.params.values()))
+
+
+def _mergeable(graph: Graph, node: Node, bn: Node, updates: Mapping[str, Update]) -> bool:
+    """The convolution's weight is trained whole, its bias not, the norm's entries whole or not."""
+    if node.op != "conv2d" or node.params["weight"] not in updates:
+        return False
+    names = [node.params["weight"], *bn.params.values()]
+    slices = [_normal(updates[n].slice, graph.params[n].shape) for n in names if n in updates]
+    shared = any(len(graph.users_of(n)) > 1 for n in names)
+    return node.params.get("bias") not in updates and all(s.whole for s in slices) and not shared
+
+
+def _merge(node: Node, bn: Node, params: dict[str, Param]) -> dict[str, str]:
+    norm = _complete(bn, params)
+    roles = {"scale": "weight", "shift": "bias", "mean": "mean", "rstd": "rstd"}
+    return {**node.params, **{role: norm[name] for role, name in roles.items()}}
 
 
 def _fold(node: Node, bn: Node, params: dict[str, Param]) -> dict[str, str]:
@@ -275,7 +319,7 @@ def _fold(node: Node, bn: Node, params: dict[str, Param]) -> dict[str, str]:
     return roles
 
 
-def _complete(node: Node, params: dict[str, Param]) -> dict[str, str]:
+def _complete(node: Node, params: dict[str, Param], rstd: bool = True) -> dict[str, str]:
     roles = dict(node.params)
     shape = params[roles["var"]].shape
     constants = {
@@ -286,7 +330,7 @@ def _complete(node: Node, params: dict[str, Param]) -> dict[str, str]:
         ),
     }
     for role, derived in constants.items():
-        if role not in roles:
+        if role not in roles and (rstd or role != "rstd"):
             name = f"{node.name}.{role}"
             params[name] = Param(name=name, shape=shape, trainable=False, derived=derived)
             roles[role] = name
@@ -306,6 +350,16 @@ def _refuse_what_is_not_there_yet(graph: Graph, updates: Mapping[str, Update]) -
         if len(update.rates) != 1:
             raise UsageError(f"{name!r} has a step size per inner step; training has one so far")
         (node, role) = users[0]
+        if (
+            role == "weight"
+            and node.op in ("batch_stat_norm", "group_norm")
+            and update.slice.out is not None
+        ):
+            raise UsageError(
+                f"{name!r} can only be trained whole",
+                where=node.name,
+                why="its norm computes its statistics from its input",
+            )
         if role == "weight" and node.op == "conv2d" and update.slice.inp is not None:
             in_g, groups = graph.params[name].shape[1], node.attrs["groups"]
             if groups != 1 and len(update.slice.inp) != in_g:
@@ -341,13 +395,13 @@ def _normal(s: Slice, full: tuple[int, ...]) -> Slice:
 
 
 def choose_saved(graph: Graph, wanted: Mapping[str, Wanted]) -> dict[str, tuple[Kept, ...]]:
-    """What each node keeps.  A clamp whose output another node keeps whole shares it."""
+    """What each node keeps.  A mask of an output that another node keeps whole is read from it."""
     kept = {n.name: OPS[n.op].saved(graph, n, wanted[n.name]) for n in graph.nodes}
     whole = {k.value for ks in kept.values() for k in ks if k.kind == "value"}
     for name, ks in kept.items():
-        if ks and ks[0].kind == "mask" and name in whole:
-            value = graph.values[name]
-            kept[name] = (Kept("value", name, value.bytes, why="shared with the next layer"),)
+        if ks and ks[0].kind == "mask" and ks[0].value == name and name in whole:
+            size, why = graph.values[name].bytes, "shared with the next layer"
+            kept[name] = (Kept("value", name, size, why=why, shared=True),)
     return kept
 
 
@@ -387,6 +441,7 @@ class _Lowering:
 
     def program(self, train: bool = True) -> Program:
         self._trained_parameters()
+        self._statistics()
         source = self.graph.input
         self.where[source] = self._buffer(source, self.graph.values[source].bytes, "activation")
         for i, node in enumerate(self.graph.nodes):
@@ -394,6 +449,9 @@ class _Lowering:
         output = self.where[self.graph.output]
         if train:
             self._loss(output)
+            for node in self.graph.nodes:
+                if OPS[node.op].states:
+                    self._step("backward", node.name, self._follow(node))
             for node in reversed(self.graph.nodes):
                 if node.name in self.grad:
                     self._backward(node)
@@ -405,7 +463,8 @@ class _Lowering:
             order=self.order,
             buffers=self._with_kinds(),
             steps=tuple(self.steps),
-            trained=tuple(self.trained.values()),
+            trained=tuple(t for t in self.trained.values() if not t.statistic),
+            statistics=tuple(t for t in self.trained.values() if t.statistic),
             wanted=self.wanted,
             kept=self.kept,
             macs={
@@ -449,6 +508,15 @@ class _Lowering:
                     self._buffer(f"g:{name}", size, "accumulator", True, name)
                 self.trained[name] = trained
 
+    def _statistics(self) -> None:
+        for node in self.graph.nodes:
+            for role in OPS[node.op].states:
+                name = node.params[role]
+                shape = self.graph.params[name].shape
+                t = Trained(name, Slice(), shape, "plain", 0.0, f"w:{name}", statistic=True)
+                self._buffer(t.buffer, 4 * t.size, "weight", True, name)
+                self.trained[name] = t
+
     def _step(self, phase: Phase, node: str, *calls: Call, rows: int = 0, block: int = 0) -> None:
         self.steps.append(Step(phase, node, calls, rows, block))
 
@@ -460,7 +528,7 @@ class _Lowering:
         for node in self.graph.nodes:
             users = self.graph.consumers[node.name]
             if (
-                node.op in ("conv2d", "linear", "batch_norm", "add")
+                OPS[node.op].clamps
                 and len(users) == 1
                 and users[0].op == "clamp"
                 and node.name != self.graph.output
@@ -473,6 +541,8 @@ class _Lowering:
         for kept in self.kept[node.name]:  # before the node may overwrite its input
             if kept.kind == "channels":
                 self._save_channels(node, kept)
+            elif kept.kind == "mask" and kept.value != node.name:
+                self._save_mask(node, kept)
         clamp = self.fused.get(node.name)
         produced_by_fusion = node.op == "clamp" and node.inputs[0] in self.fused
         if produced_by_fusion or op.view(self.graph, node):
@@ -482,17 +552,17 @@ class _Lowering:
             x = tuple(self.where[v] for v in node.inputs)
             y = self._output_buffer(i, node)
             self.where[node.name] = y
-            lo, hi = (clamp.attrs["lo"], clamp.attrs["hi"]) if clamp else (None, None)
-            code = next((k for k in self.kept[node.name] if k.kind == "code"), None)
-            if code is not None and isinstance(op, MaxPool2d):
-                name = self._buffer(saved_name(code, node), code.bytes, "saved", value=node.name)
-                calls = [op.c_forward_saving(self.graph, node, x[0], y, name)]
+            lo, hi = clamp_bounds(clamp) if clamp else (None, None)
+            args = ForwardArgs(node, self.graph, x, y, params, _number(lo), _number(hi))
+            aux = next((k for k in self.kept[node.name] if k.kind in ("code", "stats")), None)
+            if aux is not None:
+                name = self._buffer(saved_name(aux, node), aux.bytes, "saved", value=node.name)
+                calls = op.c_forward_saving(args, Buf(name, "w", training=True))
             else:
-                args = ForwardArgs(node, self.graph, x, y, params, _number(lo), _number(hi))
                 calls = op.c_forward(args)
             self._step("forward", node.name, *calls)
         for kept in self.kept[node.name]:
-            if kept.kind == "mask":
+            if kept.kind == "mask" and kept.value == node.name:
                 self._save_mask(node, kept)
 
     def _output_buffer(self, i: int, node: Node) -> str:
@@ -508,10 +578,9 @@ class _Lowering:
 
     def _save_mask(self, node: Node, kept: Kept) -> None:
         name = self._buffer(saved_name(kept, node), kept.bytes, "saved", value=node.name)
-        bounds = clamp_args(_number(node.attrs["lo"]), _number(node.attrs["hi"]))
-        n = self.graph.values[node.name].size
-        args = (Buf(name, "w"), Buf(self.where[node.name]), n, *bounds)
-        self._step("save", node.name, Call("mo_mask_pack", args))
+        source = Buf(self.where[kept.value])
+        call = OPS[node.op].c_mask(self.graph, node, Buf(name, "w"), source)
+        self._step("save", node.name, call)
 
     def _save_channels(self, node: Node, kept: Kept) -> None:
         assert kept.channels is not None
@@ -596,10 +665,16 @@ class _Lowering:
 
     # ---- backward ----
 
+    def _follow(self, node: Node) -> Call:
+        return OPS[node.op].c_follow(self._backward_args(node, dy=""))
+
     def _backward(self, node: Node) -> None:
         dy = self.grad[node.name]
         self.pending[dy].discard(node.name)
         wanted = self.wanted[node.name]
+        if node.op == "norm_conv2d":
+            self._norm_conv_backward(node, dy)
+            return
         biases = [r for r in wanted.params if r != "weight"]
         for role in biases:
             self._gradient(node, role, dy)
@@ -614,6 +689,80 @@ class _Lowering:
             self._input_gradients(node, dy)
             self._gradient(node, "weight", dy)
 
+    def _norm_conv_backward(self, node: Node, dy: str) -> None:
+        """The convolution is passed dy * scale * rstd; the scale's own gradient needs dy as it is.
+
+        With the scale frozen this is a convolution's backward pass after a scaling of dy in
+        place.  With the scale trained the weight's gradient comes from dy, is finished row by
+        row, and gives the scale's gradient on the way; dx comes from a scaled copy, or, where
+        the whole gradient is computed first, from dy scaled in place.
+        """
+        op = OPS[node.op]
+        assert isinstance(op, NormConv2d)
+        wanted = self.wanted[node.name]
+        if "shift" in wanted.params:
+            self._gradient(node, "shift", dy)
+        if "scale" not in wanted.params:
+            dy = self._scaled(node, dy, copy=bool(self.pending[dy]))
+            if self._gradient_first(node):
+                grad = self._gradient(node, "weight", dy, update=False)
+                self._input_gradients(node, dy)
+                self._update(node, "weight", grad)
+            else:
+                self._input_gradients(node, dy)
+                self._gradient(node, "weight", dy)
+            return
+        scale = self.trained[node.params["scale"]]
+        accumulate = self.accumulate > 1
+        grad_scale = f"g:{scale.param}"
+        if not accumulate:
+            grad_scale = self._buffer(grad_scale, 4 * scale.size, "gradient", value=scale.param)
+        target = Buf(grad_scale, "rw" if accumulate else "w")
+        start = op.c_scale_grad(self._backward_args(node, dy), target, accumulate)
+        self._step("backward", node.name, start)
+        if self._gradient_first(node):
+            grad = self._gradient(node, "weight", dy, update=False)
+            if any(wanted.dx):
+                scaled = self._scaled(node, dy, copy=bool(self.pending[dy]))
+                self._input_gradients(node, scaled)
+            weight = self.trained[node.params["weight"]]
+            finish = self._finish(node, dy, grad, weight.buffer, grad_scale, looped=False)
+            self._update(node, "weight", grad, before=(finish,))
+        else:
+            if any(wanted.dx):
+                self._input_gradients(node, self._scaled(node, dy, copy=True))
+            self._gradient(node, "weight", dy, finish=grad_scale)
+        self._update(node, "scale", grad_scale)
+
+    def _scaled(self, node: Node, dy: str, copy: bool) -> str:
+        """dy * scale * rstd, in place or in a buffer of its own."""
+        op = OPS[node.op]
+        assert isinstance(op, NormConv2d)
+        dx = dy
+        if copy:
+            size = self.graph.values[node.name].bytes
+            dx = self._buffer(f"scaled:{node.name}", size, "gradient", value=node.name)
+        call = op.c_scaled(replace(self._backward_args(node, dy), dx=dx))
+        self._step("backward", node.name, call)
+        self.pending.setdefault(dx, set())
+        return dx
+
+    def _finish(
+        self, node: Node, dy: str, grad: str, weight: str, grad_scale: str, looped: bool
+    ) -> Call:
+        """The call that turns G into the weight's gradient, for a block of rows or for all."""
+        op = OPS[node.op]
+        assert isinstance(op, NormConv2d)
+        shape = self.graph.params[node.params["weight"]].shape
+        out_c, in_g, kh, kw = shape
+        depthwise = is_depthwise(self.graph, node)
+        row_elems = kw * out_c if depthwise else in_g * kh * kw
+        taps: Arg = Expr(f"(row_end - row) * {kw}") if looped else kh * kw
+        rows: tuple[Arg, Arg] = (Expr("row"), Expr("row_end")) if looped else (0, out_c)
+        w = Buf(weight, "r", rows=row_elems if looped else 0)
+        args = self._backward_args(node, dy)
+        return op.c_finish(args, Buf(grad, "rw"), w, Buf(grad_scale, "rw"), (*rows, taps))
+
     def _gradient_first(self, node: Node) -> bool:
         """Whether a weight's whole gradient is computed before the input gradient.
 
@@ -624,7 +773,7 @@ class _Lowering:
         """
         if not any(self.wanted[node.name].dx):
             return self.accumulate > 1
-        in_place = OPS[node.op].dx_inplace(self.graph, node)
+        in_place = OPS[node.op].dx_inplace(self.graph, node, 0)
         return self.accumulate > 1 or in_place or self.order == "dw-first"
 
     def _input_gradients(self, node: Node, dy: str) -> None:
@@ -635,7 +784,7 @@ class _Lowering:
                 continue
             if op.passes_gradient(self.graph, node):
                 self._pass_on(node, v, dy, last=not any(wanted.dx[i + 1 :]))
-            elif op.dx_inplace(self.graph, node):
+            elif op.dx_inplace(self.graph, node, i):
                 self._in_place(node, i, v, dy)
             else:
                 self._computed(node, i, v, dy)
@@ -681,19 +830,22 @@ class _Lowering:
             self._add_to(node, v, part)
 
     def _dx_step(self, node: Node, i: int, dy: str, dx: str, accumulate: bool) -> None:
-        op = OPS[node.op]
-        args = BackwardArgs(
+        operands = self._operands("backward", node)
+        args = replace(self._backward_args(node, dy, operands), dx=dx, accumulate=accumulate)
+        self._step("backward", node.name, OPS[node.op].c_dx(args, i))
+
+    def _backward_args(
+        self, node: Node, dy: str, operands: Mapping[str, Arg] | None = None
+    ) -> BackwardArgs:
+        return BackwardArgs(
             node,
             self.graph,
             tuple(self.where.get(x, "") for x in node.inputs),
             self.where[node.name],
-            self._operands("backward", node),
+            self._whole_operands(node) if operands is None else operands,
             dy=dy,
-            dx=dx,
-            accumulate=accumulate,
             kept=self._kept_buffers(node),
         )
-        self._step("backward", node.name, op.c_dx(args, i))
 
     def _own(self, v: str, buffer: str) -> None:
         self.grad[v] = buffer
@@ -726,11 +878,14 @@ class _Lowering:
 
     # ---- parameter gradients ----
 
-    def _gradient(self, node: Node, role: str, dy: str, update: bool = True) -> str:
+    def _gradient(
+        self, node: Node, role: str, dy: str, update: bool = True, finish: str = ""
+    ) -> str:
         """Compute one parameter's gradient, and unless told otherwise update it at once.
 
         Returns the gradient's buffer.  Updated at once, the gradient is computed and applied in
-        blocks of rows, so it needs only a block's room.
+        blocks of rows, so it needs only a block's room.  `finish` is the buffer of the scale's
+        gradient where the weight's has to be finished first.
         """
         op = OPS[node.op]
         trained = self.trained[node.params[role]]
@@ -743,16 +898,7 @@ class _Lowering:
             dy = part
         name = f"g:{trained.param}"
         target = Buf(name, "rw" if accumulate else "w")
-        args = BackwardArgs(
-            node,
-            self.graph,
-            tuple(self.where.get(x, "") for x in node.inputs),
-            self.where[node.name],
-            self._frozen_operands(node),
-            dy=dy,
-            kept=self._kept_buffers(node),
-        )
-        grad = op.c_grad(args, role, s, target, accumulate)
+        grad = op.c_grad(self._backward_args(node, dy), role, s, target, accumulate)
         if accumulate:
             self._step("backward", node.name, *grad.calls, rows=grad.rows, block=grad.rows)
             if update:
@@ -761,6 +907,9 @@ class _Lowering:
         block = grad.rows if not update else _block(grad.rows, grad.row_elems)
         real = self._buffer(name, 4 * block * grad.row_elems, "gradient", value=trained.param)
         calls = tuple(_renamed(c, name, real) for c in grad.calls)
+        if finish:
+            looped = grad.rows > block
+            calls = (*calls, self._finish(node, dy, real, trained.buffer, finish, looped))
         if update:
             calls = (*calls, self._optimizer_call(trained, real, grad.rows, grad.row_elems))
             self._step("update", node.name, *calls, rows=grad.rows, block=block)
@@ -768,16 +917,20 @@ class _Lowering:
             self._step("backward", node.name, *calls, rows=grad.rows, block=block)
         return real
 
-    def _frozen_operands(self, node: Node) -> dict[str, Arg]:
-        return {
-            role: Const(name, OPS[node.op].layout(self.graph, node, role))
-            for role, name in node.params.items()
-            if name not in self.trained
-        }
+    def _whole_operands(self, node: Node) -> dict[str, Arg]:
+        """The parameters that need no putting together: frozen, or trained whole."""
+        operands: dict[str, Arg] = {}
+        for role, name in node.params.items():
+            trained = self.trained.get(name)
+            if trained is None:
+                operands[role] = Const(name, OPS[node.op].layout(self.graph, node, role))
+            elif trained.slice.whole:
+                operands[role] = Buf(trained.buffer)
+        return operands
 
-    def _update(self, node: Node, role: str, grad: str) -> None:
+    def _update(self, node: Node, role: str, grad: str, before: tuple[Call, ...] = ()) -> None:
         trained = self.trained[node.params[role]]
-        calls = [self._optimizer_call(trained, grad, 1, trained.size)]
+        calls = [*before, self._optimizer_call(trained, grad, 1, trained.size)]
         if self.accumulate > 1:
             calls.append(Call("memset", (Buf(grad, "w"), 0, 4 * trained.size)))
         self._step("update", node.name, *calls, rows=1, block=1)

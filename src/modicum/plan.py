@@ -24,10 +24,10 @@ from modicum.memory import Placement, place, verify
 from modicum.methods import AnyMethod, Full, Method
 from modicum.ops import check_graph
 from modicum.optim import SGD, Adam, Optimizer
-from modicum.selection import Update
+from modicum.selection import Selection
 from modicum.units import count, kib, percent, size
 
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 MOST_ACCUMULATED = 65535
 ORDERS: tuple[Order, ...] = ("dx-first", "dw-first")
 
@@ -39,13 +39,13 @@ class Plan(Frozen):
     the limits in bytes that the plan keeps (None: no limit).
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     graph: Graph
     board: Board | None = None
     ram: int | None = None
     flash: int | None = None
     method: AnyMethod
-    selection: tuple[Update, ...]
+    selection: Selection
     optimizer: Optimizer
     loss: Loss = "cross_entropy"
     accumulate: Annotated[int, Field(ge=1, le=MOST_ACCUMULATED)] = 1

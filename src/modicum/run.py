@@ -189,7 +189,7 @@ def _split(plan: Plan, result: Result, trace: Trace) -> None:
     """The trained slices after every step, in PyTorch's layout."""
     steps = [r.values for r in result.records if r.kind == TRAIN]
     at = 0
-    for t in plan.program.trained:
+    for t in plan.program.learned:
         parts = [from_c(v[at : at + t.size], t.shape, t.layout) for v in steps]
         trace.tensors[t.param] = np.stack(parts)
         at += t.size

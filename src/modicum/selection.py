@@ -1,11 +1,11 @@
-"""What to update: slices of parameters, on both axes, and their step sizes."""
+"""What to update and how: parameter slices with their step sizes, norms, activations."""
 
 from __future__ import annotations
 
 from pydantic import Field, field_validator
 
 from modicum.errors import UsageError
-from modicum.graph import Frozen, Graph, Shape
+from modicum.graph import Frozen, Graph, Node, Shape
 
 
 class Slice(Frozen):
@@ -59,18 +59,34 @@ class Update(Frozen):
         return rates
 
 
-Selection = tuple[Update, ...]
+class Selection(Frozen):
+    """What a method decides.
+
+    `updates` says which parameters are trained.  So a norm without updates is frozen, one whose
+    shift alone is updated is "shift only", one with both is "affine"; all of them use the
+    statistics that the model came with.  `batch_norms` names the norms that use the statistics of
+    the batch instead, and follow them with their running ones.  `sign` names the activations
+    whose backward pass is the mask 1[a >= 0] of their input a, instead of the exact derivative
+    (MobileTL, Chiang et al., AAAI 2023).  Both are names of nodes.
+    """
+
+    updates: tuple[Update, ...]
+    batch_norms: tuple[str, ...] = ()
+    sign: tuple[str, ...] = ()
 
 
 def check_selection(graph: Graph, selection: Selection) -> None:
-    """Raise UsageError unless every update names a trainable parameter and channels it has."""
-    if not selection:
+    """Raise UsageError unless every update names a trainable parameter and channels it has.
+
+    `batch_norms` has to name batch norms, `sign` activations that a sign mask stands for.
+    """
+    if not selection.updates:
         raise UsageError(
             "the method selects nothing to update",
             hint="choose a larger method, or patterns that match: " + _some(graph.trainable()),
         )
     seen: set[str] = set()
-    for update in selection:
+    for update in selection.updates:
         param = graph.params.get(update.param)
         if param is None or not param.trainable:
             raise UsageError(
@@ -89,6 +105,40 @@ def check_selection(graph: Graph, selection: Selection) -> None:
                     f"{update.param!r} has no {side} channel {channels[-1]}",
                     why=f"its shape is {param.shape}",
                 )
+    for name in selection.batch_norms:
+        _check_batch_norm(graph, name)
+    for name in selection.sign:
+        node = graph.by_name.get(name)
+        if node is None or not takes_sign(node):
+            raise UsageError(
+                f"{name!r} is no activation with a sign mask",
+                why="relu, relu6, hardswish and silu have one",
+                hint="the model's are "
+                + (_some([n.name for n in graph.nodes if takes_sign(n)]) or "none"),
+            )
+
+
+def takes_sign(node: Node) -> bool:
+    """True for an activation whose derivative 1[a >= 0] approximates."""
+    if node.op == "clamp":
+        return bool(node.attrs["lo"] == 0)
+    return node.op in ("hardswish", "silu")
+
+
+def _check_batch_norm(graph: Graph, name: str) -> None:
+    node = graph.by_name.get(name)
+    if node is None or node.op != "batch_norm":
+        norms = [n.name for n in graph.nodes if n.op == "batch_norm"]
+        raise UsageError(
+            f"{name!r} is no batch norm",
+            hint="the model's are " + (_some(norms) or "none: batch norms fold into convolutions"),
+        )
+    if not node.attrs["momentum"]:
+        raise UsageError(
+            f"{name!r} cannot follow the batch statistics",
+            why="its momentum is None or 0, so its running statistics would not move",
+            hint="set its momentum, for example to 0.1, before the capture",
+        )
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -156,6 +156,100 @@ static void optimizers(void) {
   add_floats(v, n);
 }
 
+static void curves(void) {
+  static void (*const forward[])(float *, const float *, int32_t) = {
+      mo_hardswish_forward, mo_hardsigmoid_forward, mo_sigmoid_forward, mo_silu_forward};
+  static void (*const backward[])(float *, const float *, const float *, int32_t) = {
+      mo_hardswish_backward, mo_sigmoid_backward, mo_silu_backward, mo_sign_backward};
+  uint8_t mask[50];
+  const int32_t n = between(1, 400);
+  float *x = filled(n), *dy = filled(n), *y = filled(n);
+  const float range = between(0, 1) ? 5.0f : 100.0f;
+  for (int32_t i = 0; i < n; i++) x[i] *= range;
+  for (int i = 0; i < 4; i++) {
+    forward[i](y, x, n);
+    add_floats(y, n);
+    backward[i](y, dy, i == 1 ? y : x, n);
+    add_floats(y, n);
+  }
+  mo_sign_pack(mask, x, n);
+  add(mask, (n + 7) / 8);
+  mo_mask_pack(mask, x, n, -3.0f, 3.0f);
+  mo_hardsigmoid_backward(dy, dy, mask, n);
+  add_floats(dy, n);
+  mo_clamp_forward(y, x, n, -0.0f, 6.0f);
+  add_floats(y, n);
+}
+
+static void product(void) {
+  const int32_t pixels = between(1, 20), c = between(1, 50), n = pixels * c;
+  float *a = filled(n), *b = filled(n), *y = filled(n);
+  mo_mul(y, a, b, pixels, c, pixels);
+  mo_mul(a, a, b, pixels, c, 1);
+  mo_mul_dgate(b, y, a, pixels, c);
+  add_floats(y, n);
+  add_floats(a, n);
+  add_floats(b, c);
+}
+
+static void norms(void) {
+  const int32_t groups = between(1, 4), c = groups * between(1, 20), pixels = between(2, 20);
+  const int32_t n = pixels * c;
+  float *x = filled(n), *y = filled(n), *dx = filled(n), *p = filled(4 * c), *stats = filled(2 * c);
+  float *gamma = p, *mean = p + 2 * c, *var = p + 3 * c;
+  for (int32_t j = 0; j < c; j++) var[j] = var[j] * var[j];
+  mo_batch_norm_forward(y, x, gamma, p + c, mean, var, NULL, pixels, c, 1e-3f, -0.0f, 6.0f);
+  add_floats(y, n);
+  mo_batch_norm_forward(y, x, gamma, p + c, mean, var, stats, pixels, c, 1e-3f, MO_NO_LO, MO_NO_HI);
+  mo_batch_norm_follow(mean, var, stats, pixels, c, 1e-3f, 0.1f);
+  mo_batch_norm_dx(dx, y, x, gamma, stats, pixels, c);
+  add_floats(y, n);
+  add_floats(dx, n);
+  add_floats(stats, 2 * c);
+  add_floats(mean, 2 * c);
+  mo_group_norm_forward(y, x, gamma, p + c, stats, pixels, c, groups, 1e-3f, -0.5f, MO_NO_HI);
+  mo_group_norm_dx(dx, y, x, gamma, stats, pixels, c, groups);
+  mo_group_norm_dgamma(mean, y, x, stats, pixels, c, groups, between(0, 1));
+  add_floats(y, n);
+  add_floats(dx, n);
+  add_floats(stats, 2 * groups);
+  add_floats(mean, c);
+}
+
+static void weight_norms(void) {
+  const int32_t rows = between(1, 20), elems = between(1, 40), pixels = between(1, 20);
+  float *dy = filled(pixels * rows), *w = filled(rows * elems), *g = filled(rows * elems);
+  float *p = filled(5 * rows), *dgamma = p, *gamma = p + rows, *rstd = p + 2 * rows;
+  mo_norm_dgamma_start(dgamma, dy, p + 3 * rows, rstd, p + 4 * rows, pixels, rows, between(0, 1));
+  mo_norm_dw_rows(g, dgamma, w, gamma, rstd, 0, rows, elems);
+  mo_norm_dw_channels(g, dgamma, w, gamma, rstd, elems, rows);
+  add_floats(dgamma, rows);
+  add_floats(g, rows * elems);
+  mo_standardise_dw(g, w, rows, elems, 1e-3f);
+  add_floats(g, rows * elems);
+  mo_standardise(g, w, rows, elems, 1e-3f);
+  add_floats(g, rows * elems);
+}
+
+static void resize(void) {
+  const int32_t h = between(1, 7), w = between(1, 7), c = between(1, 40);
+  const int32_t out_h = between(1, 12), out_w = between(1, 12), align = between(0, 1);
+  float *x = filled(h * w * c), *y = filled(out_h * out_w * c);
+  float scale_h = (float)h / (float)out_h, scale_w = (float)w / (float)out_w;
+  mo_resize_nearest_forward(y, x, h, w, out_h, out_w, c, scale_h, scale_w);
+  add_floats(y, out_h * out_w * c);
+  mo_resize_nearest_backward(x, y, h, w, out_h, out_w, c, scale_h, scale_w);
+  add_floats(x, h * w * c);
+  if (align) {
+    scale_h = out_h > 1 ? (float)(h - 1) / (float)(out_h - 1) : 0.0f;
+    scale_w = out_w > 1 ? (float)(w - 1) / (float)(out_w - 1) : 0.0f;
+  }
+  mo_resize_bilinear_forward(y, x, h, w, out_h, out_w, c, scale_h, scale_w, align);
+  add_floats(y, out_h * out_w * c);
+  mo_resize_bilinear_backward(x, y, h, w, out_h, out_w, c, scale_h, scale_w, align);
+  add_floats(x, h * w * c);
+}
+
 static void run(const char *name, void (*kernel)(void)) {
   char hex[] = " 00000000\n";
   digest = 0;
@@ -178,5 +272,10 @@ int main(void) {
   run("pool", pool2d);
   run("loss", loss);
   run("optimizers", optimizers);
+  run("curves", curves);
+  run("product", product);
+  run("norms", norms);
+  run("weight norms", weight_norms);
+  run("resize", resize);
   return 0;
 }

@@ -432,6 +432,337 @@ def _run_update(kernels: Kernels, n, steps, weight_decay, **case) -> Arrays:
     return dict(sgd=sgd, momentum=momentum, velocity=velocity, adam=adam, m=m, v=v)
 
 
+@st.composite
+def signed_clamps(draw) -> dict:
+    """Clamps from -0: y keeps the sign of what was clamped."""
+    return dict(
+        seed=draw(seeds),
+        h=draw(st.integers(1, 5)),
+        w=draw(st.integers(1, 6)),
+        k=draw(st.sampled_from([1, 3])),
+        in_c=draw(st.sampled_from([1, 4, 9])),
+        c=draw(channels),
+        hi=draw(st.sampled_from([6.0, np.inf])),
+    )
+
+
+def signed_tensors(seed, h, w, k, in_c, c, **_) -> Arrays:
+    """Small integers: sums are exact, and many are 0."""
+    rng = np.random.default_rng(seed)
+    shapes = dict(
+        x=(h, w, c),
+        a=(h, w, c),
+        x_in=(h, w, in_c),
+        w_full=(c, k, k, in_c),
+        w_depth=(k, k, c),
+        **dict.fromkeys(["bias", "gamma", "mean", "rstd"], (c,)),
+    )
+    return {name: rng.integers(-3, 4, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _run_signed_clamp(kernels: Kernels, h, w, k, in_c, c, hi, **case) -> Arrays:
+    t = signed_tensors(h=h, w=w, k=k, in_c=in_c, c=c, **case)
+    same = (k, k, 1, 1, k // 2, k // 2, 1, 1)
+    full = Geometry(h, w, in_c, h, w, c, *same, 1)
+    depthwise = Geometry(h, w, c, h, w, c, *same, c)
+    y = {name: unwritten(h, w, c) for name in ("conv", "depthwise", "affine", "add", "clamp")}
+    n, lo = h * w * c, -0.0
+    affine = t["gamma"], t["bias"], t["mean"], t["rstd"]
+    kernels.mo_conv2d_forward(y["conv"], t["x_in"], t["w_full"], t["bias"], full, lo, hi)
+    kernels.mo_depthwise_forward(y["depthwise"], t["x"], t["w_depth"], None, depthwise, lo, hi)
+    kernels.mo_affine_forward(y["affine"], t["x"], *affine, h * w, c, lo, hi)
+    kernels.mo_add(y["add"], t["x"], t["a"], n, lo, hi)
+    kernels.mo_clamp_forward(y["clamp"], t["x"], n, lo, hi)
+    return y | {f"{name}_sign": np.signbit(value) for name, value in y.items()}
+
+
+curves = st.fixed_dictionaries(
+    dict(seed=seeds, n=st.integers(1, 300), far=st.booleans(), in_place=st.booleans())
+)
+NEAR = [0.0, -0.0, 3.0, -3.0, 6.0, -6.0, 1e-45, -1e-45, np.nextafter(np.float32(-3), 0)]
+FAR = [30.0, -30.0, 87.0, -87.0, -87.00001, -88.0, 89.0, -104.0, 200.0, -200.0]
+
+
+def curve_tensors(seed, n, far, **_) -> Arrays:
+    """Inputs over all pieces of a curve, kinks and zeros of both signs among them."""
+    rng = np.random.default_rng(seed)
+    special = np.array(NEAR + FAR * far, np.float32)
+    x = np.where(rng.random(n) < 0.5, rng.choice(special, n), normal(rng, n) * np.float32(3))
+    return dict(x=x.astype(np.float32), dy=normal(rng, n))
+
+
+def _copy_or_unwritten(array: np.ndarray, in_place: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(output, input) of a call that may be in place."""
+    out = array.copy() if in_place else unwritten(*array.shape)
+    return out, out if in_place else array
+
+
+def _run_curves(kernels: Kernels, n, in_place, **case) -> Arrays:
+    t, got = curve_tensors(n=n, **case), {}
+    for name in ("hardswish", "hardsigmoid", "sigmoid", "silu"):
+        y, x = _copy_or_unwritten(t["x"], in_place)
+        dx, dy = _copy_or_unwritten(t["dy"], in_place)
+        getattr(kernels, f"mo_{name}_forward")(y, x, n)
+        kept = y if name == "sigmoid" else t["x"]
+        if name == "hardsigmoid":
+            kept = np.full((n + 7) // 8, 0xFF, np.uint8)
+            kernels.mo_mask_pack(kept, t["x"], n, -3.0, 3.0)
+        getattr(kernels, f"mo_{name}_backward")(dx, dy, kept, n)
+        got |= {name: y, f"{name}_dx": dx}
+    dx, dy = _copy_or_unwritten(t["dy"], in_place)
+    mask = np.full((n + 7) // 8, 0xFF, np.uint8)
+    kernels.mo_sign_pack(mask, t["x"], n)
+    kernels.mo_sign_backward(dx, dy, t["x"], n)
+    signs = {f"{name}_sign": np.signbit(got[name]) for name in ("hardswish", "silu")}
+    return got | signs | dict(sign_mask=mask, sign_dx=dx)
+
+
+products = st.fixed_dictionaries(
+    dict(
+        seed=seeds,
+        pixels=st.integers(1, 40),
+        c=channels,
+        gate=st.booleans(),
+        in_place=st.sampled_from(["", "a", "b"]),
+    )
+)
+
+
+def product_tensors(seed, pixels, c, gate, **_) -> Arrays:
+    rng = np.random.default_rng(seed)
+    return dict(
+        a=normal(rng, pixels, c), b=normal(rng, 1 if gate else pixels, c), dy=normal(rng, pixels, c)
+    )
+
+
+def _run_product(kernels: Kernels, pixels, c, gate, in_place, **case) -> Arrays:
+    t = product_tensors(pixels=pixels, c=c, gate=gate, **case)
+    y, db = unwritten(pixels, c), unwritten(c)
+    a, b = t["a"], t["b"]
+    if in_place == "a":
+        y = a = a.copy()
+    elif in_place == "b" and not gate:
+        y = b = b.copy()
+    kernels.mo_mul(y, a, b, pixels, c, len(b))
+    kernels.mo_mul_dgate(db, t["dy"], t["a"], pixels, c)
+    return dict(y=y, db=db)
+
+
+epsilons = st.sampled_from([1e-5, 1e-3, 0.1])
+
+
+def spread(rng: np.random.Generator, rows: int, c: int) -> np.ndarray:
+    """Neighbours of both kinds differ by 2 or more: no variance is nearly 0."""
+    side = 2 * ((np.arange(rows)[:, None] + np.arange(c)) % 2) - 1
+    x = 1.5 * side + rng.uniform(-0.5, 0.5, (rows, c)) + rng.standard_normal()
+    return x.astype(np.float32)
+
+
+batch_norms = st.fixed_dictionaries(
+    dict(
+        seed=seeds,
+        pixels=st.integers(2, 40),
+        c=channels,
+        eps=epsilons,
+        momentum=st.sampled_from([0.1, 0.5, 1.0]),
+        clamp=clamps,
+        in_place=st.booleans(),
+    )
+)
+
+
+def batch_norm_tensors(seed, pixels, c, **_) -> Arrays:
+    rng = np.random.default_rng(seed)
+    return dict(
+        x=spread(rng, pixels, c),
+        dy=normal(rng, pixels, c),
+        gamma=normal(rng, c),
+        beta=normal(rng, c),
+        mean=normal(rng, c),
+        var=np.abs(normal(rng, c)) + np.float32(0.1),
+    )
+
+
+def _run_batch_norm(kernels: Kernels, pixels, c, eps, momentum, clamp, in_place, **case) -> Arrays:
+    t = batch_norm_tensors(pixels=pixels, c=c, **case)
+    frozen, frozen_x = _copy_or_unwritten(t["x"], in_place)
+    dx, dy = _copy_or_unwritten(t["dy"], in_place)
+    y, stats, dgamma = unwritten(pixels, c), unwritten(2, c), unwritten(c)
+    mean, var = t["mean"].copy(), t["var"].copy()
+    parameters, options = (t["gamma"], t["beta"], mean, var), (pixels, c, eps, *clamp)
+    kernels.mo_batch_norm_forward(frozen, frozen_x, *parameters, None, *options)
+    kernels.mo_batch_norm_forward(y, t["x"], *parameters, stats, *options)
+    kernels.mo_batch_norm_follow(mean, var, stats, pixels, c, eps, momentum)
+    kernels.mo_batch_norm_dx(dx, dy, t["x"], t["gamma"], stats, pixels, c)
+    kernels.mo_affine_dgamma(dgamma, t["dy"], t["x"], stats[0], stats[1], pixels, c, False)
+    return dict(frozen=frozen, y=y, stats=stats, mean=mean, var=var, dx=dx, dgamma=dgamma)
+
+
+@st.composite
+def group_norms(draw) -> dict:
+    groups, size = draw(st.integers(1, 5)), draw(channels)
+    return dict(
+        seed=draw(seeds),
+        pixels=draw(st.integers(1 if size > 1 else 2, 40)),
+        c=groups * size,
+        groups=groups,
+        eps=draw(epsilons),
+        affine=draw(st.booleans()),
+        clamp=draw(clamps),
+        accumulate=draw(st.booleans()),
+        in_place=draw(st.booleans()),
+    )
+
+
+def group_norm_tensors(seed, pixels, c, affine, accumulate, **_) -> Arrays:
+    rng = np.random.default_rng(seed)
+    return dict(
+        x=spread(rng, pixels, c),
+        dy=normal(rng, pixels, c),
+        gamma=normal(rng, c) if affine else None,
+        beta=normal(rng, c) if affine else None,
+        dgamma0=target(rng, accumulate, c),
+    )
+
+
+def _run_group_norm(
+    kernels: Kernels, pixels, c, groups, eps, clamp, accumulate, in_place, **case
+) -> Arrays:
+    t = group_norm_tensors(pixels=pixels, c=c, accumulate=accumulate, **case)
+    y, x = _copy_or_unwritten(t["x"], in_place)
+    dx, dy = _copy_or_unwritten(t["dy"], in_place)
+    unkept, stats, dgamma = unwritten(pixels, c), unwritten(2, groups), t["dgamma0"].copy()
+    size, parameters = (pixels, c, groups), (t["gamma"], t["beta"])
+    kernels.mo_group_norm_forward(unkept, t["x"], *parameters, None, *size, eps, *clamp)
+    kernels.mo_group_norm_forward(y, x, *parameters, stats, *size, eps, *clamp)
+    kernels.mo_group_norm_dx(dx, dy, t["x"], t["gamma"], stats, *size)
+    kernels.mo_group_norm_dgamma(dgamma, t["dy"], t["x"], stats, *size, accumulate)
+    return dict(y=y, unkept=unkept, stats=stats, dx=dx, dgamma=dgamma)
+
+
+@st.composite
+def fused_norms(draw) -> dict:
+    k_h, k_w, c = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(channels)
+    depthwise = draw(st.booleans())
+    return dict(
+        seed=draw(seeds),
+        size=(draw(st.integers(k_h, 6)), draw(st.integers(k_w, 6))),
+        kernel=(k_h, k_w),
+        in_c=c if depthwise else draw(st.integers(1, 9)),
+        c=c,
+        depthwise=depthwise,
+        bias=draw(st.booleans()),
+        accumulate=draw(st.booleans()),
+        cut=draw(st.integers(0, k_h if depthwise else c)),
+    )
+
+
+def fused_norm_tensors(seed, size, kernel, in_c, c, depthwise, bias, accumulate, **_) -> Arrays:
+    rng, (k_h, k_w) = np.random.default_rng(seed), kernel
+    return dict(
+        x=normal(rng, *size, in_c),
+        w=normal(rng, k_h, k_w, c) if depthwise else normal(rng, c, k_h, k_w, in_c),
+        dy=normal(rng, size[0] - k_h + 1, size[1] - k_w + 1, c),
+        bias=normal(rng, c) if bias else None,
+        gamma=normal(rng, c),
+        mean=normal(rng, c),
+        rstd=np.abs(normal(rng, c)) + np.float32(0.1),
+        dgamma0=target(rng, accumulate, c),
+    )
+
+
+def _run_fused_norm(kernels: Kernels, **case) -> Arrays:
+    """In two parts: rows before and after the cut."""
+    t, c, accumulate = fused_norm_tensors(**case), case["c"], case["accumulate"]
+    (h, w), (k_h, k_w), in_c = case["size"], case["kernel"], case["in_c"]
+    out_h, out_w, _ = t["dy"].shape
+    groups = c if case["depthwise"] else 1
+    g = Geometry(h, w, in_c, out_h, out_w, c, k_h, k_w, 1, 1, 0, 0, 1, 1, groups)
+    dgamma, dw = t["dgamma0"].copy(), unwritten(*t["w"].shape)
+    start = t["mean"], t["rstd"], t["bias"]
+    kernels.mo_norm_dgamma_start(dgamma, t["dy"], *start, out_h * out_w, c, accumulate)
+    rows = k_h if case["depthwise"] else c
+    for row0, row1 in ((0, case["cut"]), (case["cut"], rows)):
+        if row0 == row1:
+            continue
+        part, weights, scales = dw[row0:row1], t["w"][row0:row1], (t["gamma"], t["rstd"])
+        if case["depthwise"]:
+            kernels.mo_depthwise_dw(part, t["dy"], t["x"], g, row0, row1, False)
+            taps = (row1 - row0) * k_w
+            kernels.mo_norm_dw_channels(part, dgamma, weights, *scales, taps, c)
+        else:
+            kernels.mo_conv2d_dw(part, t["dy"], t["x"], g, row0, row1, False)
+            elems = k_h * k_w * in_c
+            kernels.mo_norm_dw_rows(part, dgamma, weights, *scales, row0, row1, elems)
+    return dict(dgamma=dgamma, dw=dw)
+
+
+standards = st.fixed_dictionaries(
+    dict(seed=seeds, rows=st.integers(1, 9), row_elems=st.integers(1, 70), eps=epsilons)
+)
+
+
+def standard_tensors(seed, rows, row_elems, **_) -> Arrays:
+    rng = np.random.default_rng(seed)
+    return dict(w=spread(rng, rows, row_elems), g=normal(rng, rows, row_elems))
+
+
+def _run_standard(kernels: Kernels, rows, row_elems, eps, seed) -> Arrays:
+    t = standard_tensors(seed, rows, row_elems)
+    out, g = unwritten(rows, row_elems), t["g"].copy()
+    kernels.mo_standardise(out, t["w"], rows, row_elems, eps)
+    kernels.mo_standardise_dw(g, t["w"], rows, row_elems, eps)
+    return dict(out=out, dw=g)
+
+
+@st.composite
+def resizes(draw) -> dict:
+    """To a size, or by factors; `out` follows from them as in PyTorch."""
+    in_size = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    factors = draw(st.none() | st.tuples(*2 * [st.sampled_from([0.4, 1.0, 1.05, 2.0, 2.3, 3.0])]))
+    if factors is None:
+        out_size = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    else:
+        out_size = tuple(int(n * f) for n, f in zip(in_size, factors, strict=True))
+        assume(min(out_size) > 0)
+    return dict(
+        seed=draw(seeds),
+        in_size=in_size,
+        out_size=out_size,
+        factors=factors,
+        c=draw(channels),
+        align_corners=draw(st.booleans()),
+    )
+
+
+def resize_tensors(seed, in_size, out_size, c, **_) -> Arrays:
+    rng = np.random.default_rng(seed)
+    return dict(x=normal(rng, *in_size, c), dy=normal(rng, *out_size, c))
+
+
+def resize_scales(in_size, out_size, factors, align_corners) -> list[float]:
+    def scale(n_in: int, n_out: int, factor: float | None) -> float:
+        if align_corners:
+            return (n_in - 1) / (n_out - 1) if n_out > 1 else 0.0
+        return n_in / n_out if factor is None else 1 / factor
+
+    return [scale(*sizes) for sizes in zip(in_size, out_size, factors or (None, None), strict=True)]
+
+
+def _run_resize(kernels: Kernels, in_size, out_size, factors, c, align_corners, seed) -> Arrays:
+    t = resize_tensors(seed, in_size, out_size, c)
+    got = {}
+    for name, align in (("nearest", False), ("bilinear", align_corners)):
+        y, dx = unwritten(*out_size, c), unwritten(*in_size, c)
+        options = *in_size, *out_size, c, *resize_scales(in_size, out_size, factors, align)
+        if name == "bilinear":
+            options += (align,)
+        getattr(kernels, f"mo_resize_{name}_forward")(y, t["x"], *options)
+        getattr(kernels, f"mo_resize_{name}_backward")(dx, t["dy"], *options)
+        got |= {name: y, f"{name}_dx": dx}
+    return got
+
+
 OPS = {
     "conv2d": Op(convolutions(depthwise=False), _run_convolution("conv2d")),
     "pointwise": Op(pointwise(), _run_convolution("conv2d")),
@@ -445,4 +776,12 @@ OPS = {
     "move": Op(slices(), _run_move),
     "loss": Op(losses, _run_loss),
     "update": Op(updates, _run_update),
+    "signed_clamp": Op(signed_clamps(), _run_signed_clamp),
+    "curves": Op(curves, _run_curves),
+    "product": Op(products, _run_product),
+    "batch_norm": Op(batch_norms, _run_batch_norm),
+    "group_norm": Op(group_norms(), _run_group_norm),
+    "fused_norm": Op(fused_norms(), _run_fused_norm),
+    "standard": Op(standards, _run_standard),
+    "resize": Op(resizes(), _run_resize),
 }

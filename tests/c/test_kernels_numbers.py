@@ -24,6 +24,32 @@ def test_exp_is_zero_far_below_and_infinite_far_above(kernels):
     assert np.isnan(kernels.mo_exp(np.nan))
 
 
+@pytest.mark.parametrize("n", [1, 4, 21])
+def test_sigmoid_has_the_bits_of_exp(kernels, n):
+    x = np.linspace(-100, 100, 20000 // n * n, dtype=np.float32)
+    x = np.concatenate([x, np.arange(-127, 128, dtype=np.float32) * np.float32(np.log(2) / 2)])
+    e = np.array([kernels.mo_exp(-abs(v)) for v in x], np.float32)
+    want = np.where(x < 0, e, np.float32(1)) / (1 + e)
+    for i in range(0, len(x), n):  # in vectors of different widths
+        part = x[i : i + n].copy()
+        kernels.mo_sigmoid_forward(part, part, len(part))
+        assert np.array_equal(part, want[i : i + n])
+
+
+@pytest.mark.parametrize("n", [1, 5, 20])
+def test_sigmoid_and_silu_outside_the_floats(kernels, n):
+    def of(name: str, value: float) -> float:
+        y = np.full(n, value, np.float32)
+        getattr(kernels, f"mo_{name}_forward")(y, y, n)
+        assert np.array_equal(y, y[:1].repeat(n), equal_nan=True)
+        return y[0]
+
+    assert (of("sigmoid", np.inf), of("sigmoid", -np.inf)) == (1, 0)
+    assert (of("silu", np.inf), of("silu", 3e38)) == (np.inf, np.float32(3e38))
+    assert of("silu", -3e38) == 0 and np.signbit(of("silu", -3e38))
+    assert np.isnan([of(name, np.nan) for name in ("sigmoid", "silu", "hardswish")]).all()
+
+
 def test_log_is_within_a_millionth_over_normal_floats(kernels):
     xs = np.geomspace(1.2e-38, 3.4e38, 20011).astype(np.float32)
     near_one = np.linspace(0.5, 2.0, 4001, dtype=np.float32)

@@ -23,6 +23,23 @@ def test_kernel_agrees_with_pytorch_on_generated_shapes(kernels, name):
     check()
 
 
+def test_nearest_resizing_takes_the_very_pixels_of_pytorch(kernels):
+    """Sizes and factors whose steps are no exact floats, and those that PyTorch treats apart."""
+    for n in range(1, 45):
+        x = np.arange(n, dtype=np.float32)
+        by_size = [(m, None) for m in range(1, 45)]
+        by_factor = [(int(n * f), (1.0, f)) for f in (0.3, 0.7, 1.01, 1.1, 1.9, 2.0, 2.04, 3.3)]
+        for m, factors in by_size + by_factor:
+            if m == 0:
+                continue
+            scales = cases.resize_scales((1, n), (1, m), factors, False)
+            y = np.empty(m, np.float32)
+            kernels.mo_resize_nearest_forward(y, x, 1, n, 1, m, 1, *scales)
+            size = None if factors else (1, m)
+            want = F.interpolate(torch.tensor(x)[None, None, None], size, factors)
+            assert np.array_equal(y, want.flatten()), (n, m, factors)
+
+
 def assert_close(got, want, what: str) -> None:
     """Within 1e-5 of the largest magnitude."""
     want = want.detach().numpy() if isinstance(want, torch.Tensor) else np.asarray(want)
@@ -213,6 +230,114 @@ def update(weight_decay, **case):
     return result
 
 
+def signed_clamp(hi, **case):
+    t = cases.signed_tensors(**case)
+    k, c = case["k"], case["c"]
+    full = F.conv2d(
+        planes(t["x_in"]), double(t["w_full"]).permute(0, 3, 1, 2), double(t["bias"]), 1, k // 2
+    )
+    taps = double(t["w_depth"]).permute(2, 0, 1)[:, None]
+    x, gamma = double(t["x"]), double(t["gamma"])
+    exact = dict(
+        conv=pixels(full),
+        depthwise=pixels(F.conv2d(planes(t["x"]), taps, None, 1, k // 2, 1, c)),
+        affine=(x - double(t["mean"])) * double(t["rstd"]) * gamma + double(t["bias"]),
+        add=x + double(t["a"]),
+        clamp=x,
+    )
+    clamped = {name: value.clamp(0, hi) for name, value in exact.items()}
+    return clamped | {f"{name}_sign": value < 0 for name, value in exact.items()}
+
+
+def curves(in_place, **case):
+    t = cases.curve_tensors(**case)
+    x, dy, want = double(t["x"], grad=True), double(t["dy"]), {}
+    for name in ("hardswish", "hardsigmoid", "sigmoid", "silu"):
+        y = getattr(F, name)(x)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        want |= {name: y, f"{name}_dx": dx}
+    # -0 counts as +0 before a curve that keeps the sign, and is itself for the sign mask
+    signs = dict.fromkeys(("hardswish_sign", "silu_sign"), x < 0)
+    clear = ~np.signbit(t["x"])
+    mask = np.packbits(clear, bitorder="little")
+    return want | signs | dict(sign_mask=mask, sign_dx=t["dy"] * clear)
+
+
+def product(in_place, **case):
+    t = cases.product_tensors(**case)
+    a, b, dy = (double(t[name]) for name in ("a", "b", "dy"))
+    return dict(y=a * b, db=(dy * a).sum(0))
+
+
+def batch_norm(clamp, eps, momentum, in_place, **case):
+    t = cases.batch_norm_tensors(**case)
+    x, gamma = double(t["x"], grad=True), double(t["gamma"], grad=True)
+    beta, mean, var = double(t["beta"]), double(t["mean"]), double(t["var"])
+    frozen = F.batch_norm(x, mean, var, gamma, beta, False, momentum, eps)
+    y = F.batch_norm(x, mean, var, gamma, beta, True, momentum, eps)  # mean, var: in place
+    dx, dgamma = torch.autograd.grad(y, (x, gamma), double(t["dy"]))
+    rstd = 1 / torch.sqrt(x.var(0, correction=0) + eps)
+    return dict(
+        frozen=frozen.clamp(*clamp),
+        y=y.clamp(*clamp),
+        stats=torch.stack([x.mean(0), rstd]),
+        mean=mean,
+        var=var,
+        dx=dx,
+        dgamma=dgamma,
+    )
+
+
+def group_norm(groups, eps, clamp, accumulate, in_place, **case):
+    t = cases.group_norm_tensors(accumulate=accumulate, **case)
+    x = double(t["x"]).T[None].contiguous().requires_grad_()  # [1][c][pixels]
+    gamma = double(np.ones(case["c"]) if t["gamma"] is None else t["gamma"], grad=True)
+    beta = None if t["beta"] is None else double(t["beta"])
+    y = F.group_norm(x, groups, gamma, beta, eps)
+    dx, dgamma = torch.autograd.grad(y, (x, gamma), double(t["dy"]).T[None])
+    grouped = x.reshape(groups, -1)
+    rstd = 1 / torch.sqrt(grouped.var(1, correction=0) + eps)
+    clamped = y[0].T.clamp(*clamp)
+    return dict(
+        y=clamped,
+        unkept=clamped,
+        stats=torch.stack([grouped.mean(1), rstd]),
+        dx=dx[0].T,
+        dgamma=accumulated(dgamma, t["dgamma0"], accumulate),
+    )
+
+
+def fused_norm(depthwise, accumulate, cut, **case):
+    t = cases.fused_norm_tensors(depthwise=depthwise, accumulate=accumulate, **case)
+    w, gamma = double(t["w"], grad=True), double(t["gamma"], grad=True)
+    oihw = w.permute(2, 0, 1)[:, None] if depthwise else w.permute(0, 3, 1, 2)
+    bias = None if t["bias"] is None else double(t["bias"])
+    y = pixels(F.conv2d(planes(t["x"]), oihw, bias, groups=case["c"] if depthwise else 1))
+    y = (y - double(t["mean"])) * double(t["rstd"]) * gamma
+    dgamma, dw = torch.autograd.grad(y, (gamma, w), double(t["dy"]))
+    return dict(dgamma=accumulated(dgamma, t["dgamma0"], accumulate), dw=dw)
+
+
+def standard(eps, **case):
+    t = cases.standard_tensors(**case)
+    w = double(t["w"], grad=True)
+    var, mean = torch.var_mean(w, 1, correction=0, keepdim=True)
+    out = (w - mean) / torch.sqrt(var + eps)
+    (dw,) = torch.autograd.grad(out, w, double(t["g"]))
+    return dict(out=out, dw=dw)
+
+
+def resize(factors, align_corners, **case):
+    t, want = cases.resize_tensors(**case), {}
+    for name, options in (("nearest", {}), ("bilinear", dict(align_corners=align_corners))):
+        x = planes(t["x"]).requires_grad_()
+        size = None if factors else case["out_size"]
+        y = F.interpolate(x, size, factors, name, **options)
+        (dx,) = torch.autograd.grad(y, x, planes(t["dy"]))
+        want |= {name: pixels(y), f"{name}_dx": pixels(dx)}
+    return want
+
+
 REFERENCES = dict(
     conv2d=convolution(depthwise=False),
     pointwise=convolution(depthwise=False),
@@ -226,4 +351,12 @@ REFERENCES = dict(
     move=move,
     loss=loss,
     update=update,
+    signed_clamp=signed_clamp,
+    curves=curves,
+    product=product,
+    batch_norm=batch_norm,
+    group_norm=group_norm,
+    fused_norm=fused_norm,
+    standard=standard,
+    resize=resize,
 )

@@ -39,7 +39,7 @@ class Machine:
         for name, buffer in program.buffers.items():
             if buffer.persistent:
                 self.bytes_of(name)[:] = 0
-        for t in program.trained:
+        for t in program.learned:
             part = to_c(cut(self.values[t.param], t.slice), t.layout)
             self.floats(t.buffer)[:] = part.ravel()
 
@@ -53,7 +53,7 @@ class Machine:
     def trained(self) -> dict[str, np.ndarray]:
         return {
             t.param: from_c(self.floats(t.buffer).copy(), t.shape, t.layout)
-            for t in self.program.trained
+            for t in self.program.learned
         }
 
     def train(self, x: np.ndarray, y: object, lr: float, last: bool = True) -> float:

@@ -7,18 +7,19 @@ from collections.abc import Callable
 import graphs
 import numpy as np
 import pytest
+import torch
 from c.kernels import PARITY, Kernels
 from c.kernels import build as build_kernels
 from emit.interpreter import Machine
 from graphs import Builder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import GraphModel, cut, gradient, samples, total_loss
+from oracle import GraphModel, cut, gradient, run_graph, samples, total_loss
 
 from modicum.lower import lower
 from modicum.memory import place, verify
 from modicum.optim import SGD
-from modicum.selection import Update
+from modicum.selection import Selection, Update
 from modicum.state import materialise
 
 
@@ -46,7 +47,7 @@ SHARING = [
 
 
 def whole(graph: graphs.Graph, **more: object) -> dict[str, object]:
-    selection = tuple(Update(param=p) for p in graph.trainable())
+    selection = Selection(updates=tuple(Update(param=p) for p in graph.trainable()))
     settings_ = {"optimizer": SGD(), "loss": "cross_entropy", "accumulate": 1}
     return {"graph": graph, "selection": selection, **settings_, **more}
 
@@ -105,13 +106,19 @@ def takes_the_step_of_autograd(kernels: Kernels, job: dict, order: str) -> None:
     losses = [machine.train(x[i].numpy(), y[i].numpy(), lr=1.0, last=i == n - 1) for i in range(n)]
     after = machine.trained()
 
-    net = model.double()
-    loss = total_loss(job["loss"], net(x.double()), y)
+    net, selection = model.double(), job["selection"]
+    loss = torch.zeros(())
+    for i in range(n):  # batch statistics are of one sample
+        out = run_graph(job["graph"], net, x[i : i + 1].double(), selection)
+        loss = loss + total_loss(job["loss"], out, y[i : i + 1])
     loss.backward()
     assert sum(losses) == pytest.approx(loss.item(), rel=1e-5, abs=1e-5)
     params = dict(net.named_parameters())
-    for update in job["selection"]:
+    for update in selection.updates:
         want = cut(gradient(params[update.param]), update.slice).numpy() / n
         got = before[update.param].astype(np.float64) - after[update.param]
         scale = max(1e-2, np.abs(want).max(), np.abs(before[update.param]).max() * 1e-2)
         assert np.abs(got - want).max() <= 1e-4 * scale, update.param
+    running = dict(net.named_buffers())
+    for t in program.statistics:
+        assert after[t.param] == pytest.approx(running[t.param].numpy(), rel=1e-4, abs=1e-5)

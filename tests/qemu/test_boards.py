@@ -29,7 +29,11 @@ def test_a_board_trains_bit_by_bit_as_the_host_in_the_ram_that_the_plan_promised
 
     assert there.where == board and len(there.losses) == 8
     assert there.losses == host.losses
-    assert there.tensors.keys() == host.tensors.keys() == {u.param for u in built.plan.selection}
+    assert (
+        there.tensors.keys()
+        == host.tensors.keys()
+        == {u.param for u in built.plan.selection.updates}
+    )
     for name, tensor in host.tensors.items():
         assert there.tensors[name].tobytes() == tensor.tobytes(), name
     assert there.logits_before.tobytes() == host.logits_before.tobytes()

@@ -26,7 +26,7 @@ def by_hand(built: Built, order: list[int], x, y) -> tuple[list[float], dict[str
     """PyTorch's loop on the original model; what no slice holds is put back after each step."""
     net = copy.deepcopy(built.model)
     params = dict(net.named_parameters())
-    slices = {u.param: u.slice for u in built.plan.selection}
+    slices = {u.param: u.slice for u in built.plan.selection.updates}
     o = built.plan.optimizer
     chosen = [params[name] for name in slices]
     if o.kind == "adam":
@@ -105,8 +105,8 @@ def test_the_model_is_left_alone_and_the_trace_has_what_was_learned():
     trace = mo.adapt(built.model, built.plan, built.samples(4), epochs=1, record=True)
     for name, value in built.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert trace.state.keys() == {u.param for u in built.plan.selection}
-    for u in built.plan.selection:
+    assert trace.state.keys() == {u.param for u in built.plan.selection.updates}
+    for u in built.plan.selection.updates:
         whole = trace.state[u.param]
         assert whole.shape == tuple(before[u.param].shape)
         assert np.array_equal(cut(torch.tensor(whole), u.slice), trace.tensors[u.param][-1])

@@ -36,7 +36,7 @@ def test_its_parameters_are_the_trained_slices_and_nothing_else(case):
     shapes = {name: tuple(p.shape) for name, p in tuned.trained.items()}
     params = dict(built.model.named_parameters())
     assert shapes == {
-        u.param: u.slice.shape(tuple(params[u.param].shape)) for u in built.plan.selection
+        u.param: u.slice.shape(tuple(params[u.param].shape)) for u in built.plan.selection.updates
     }
     assert [p.data_ptr() for p in tuned.parameters()] == [
         p.data_ptr() for p in tuned.trained.values()
@@ -84,7 +84,7 @@ def test_training_leaves_the_model_alone_until_it_is_written_back():
     x, _ = built.samples(2)
     tuned.write_to(model)
     assert torch.allclose(model(x), tuned(x), rtol=1e-4, atol=1e-4)
-    slices = {u.param: u.slice for u in built.plan.selection}
+    slices = {u.param: u.slice for u in built.plan.selection.updates}
     for name, value in model.state_dict().items():
         change = (value - built.model.state_dict()[name]) if value.is_floating_point() else None
         if name not in slices:

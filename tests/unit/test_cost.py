@@ -27,7 +27,8 @@ def test_the_parts_add_up(job):
     assert c.flash == c.flash_weights + c.flash_code
     assert c.saved == program.saved_bytes
     assert c.saved == sum(n for row in layer_costs(program) for _, n, _ in row.kept)
-    assert c.upload == c.trained_bytes == 4 * c.trained_params
+    statistics = sum(t.size for t in program.statistics)
+    assert c.upload == c.trained_bytes == 4 * (c.trained_params + statistics)
     assert c.optimizer_bytes == len(job["optimizer"].states) * c.trained_bytes
     assert c.accumulator_bytes == (c.trained_bytes if job["accumulate"] > 1 else 0)
     assert c.trained_bytes + c.optimizer_bytes + c.accumulator_bytes <= c.arena

@@ -13,14 +13,14 @@ from modicum.lower import Buffer, Program, Step, lower, lower_inference
 from modicum.memory import ALIGN, live_bytes, lower_bound, place, verify
 from modicum.ops.base import Buf, Call
 from modicum.optim import SGD, Adam
-from modicum.selection import Update
+from modicum.selection import Selection, Update
 
 orders = st.sampled_from(["dx-first", "dw-first"])
 
 
 def program(optimizer=SGD(momentum=0.9), accumulate=1, order="dx-first") -> Program:  # noqa: B008
     graph = small_cnn()
-    selection = tuple(Update(param=p) for p in graph.trainable())
+    selection = Selection(updates=tuple(Update(param=p) for p in graph.trainable()))
     return lower(graph, selection, optimizer, accumulate=accumulate, order=order)
 
 

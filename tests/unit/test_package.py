@@ -12,7 +12,8 @@ import pytest
 import modicum
 
 TORCH_FREE = ("graph", "selection", "methods", "optim", "ops", "lower", "memory", "cost", "plan",
-              "board", "trace", "report", "state", "job", "run", "errors", "units")  # fmt: skip
+              "board", "trace", "tasks", "blocks", "report", "state", "job", "run", "errors",
+              "units")  # fmt: skip
 
 
 def run(code: str) -> str:

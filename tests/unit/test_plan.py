@@ -376,7 +376,7 @@ def test_a_number_of_samples_that_cannot_be_accumulated_is_refused(accumulate):
 def test_the_default_is_to_train_everything_with_plain_sgd():
     plan = mo.plan(GRAPH)
     assert plan.method == Full() and plan.optimizer == SGD()
-    assert [u.param for u in plan.selection] == GRAPH.trainable()
+    assert [u.param for u in plan.selection.updates] == GRAPH.trainable()
 
 
 @pytest.mark.parametrize("name", boards())

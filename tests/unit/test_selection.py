@@ -20,7 +20,7 @@ ALL = GRAPH.trainable()
 
 
 def names(method: Method, graph=GRAPH) -> list[str]:
-    return [u.param for u in method.select(graph)]
+    return [u.param for u in method.select(graph).updates]
 
 
 # ---- slices ----------------------------------------------------------------------------------
@@ -84,13 +84,13 @@ def test_bias_selects_shifts_and_the_last_layers_whole():
 
 def test_explicit_selects_by_pattern_and_the_first_that_matches_decides():
     method = Explicit(params={"head.weight": {"out": (1,)}, "*.weight": None})
-    chosen = {u.param: u.slice for u in method.select(GRAPH)}
+    chosen = {u.param: u.slice for u in method.select(GRAPH).updates}
     assert chosen["head.weight"] == Slice(out=(1,)) and chosen["stem.weight"] == Slice()
     assert list(chosen) == [n for n in ALL if n.endswith("weight")]
 
 
 def test_input_channels_of_an_explicit_pattern_apply_where_there_are_any():
-    chosen = Explicit(params={"head.*": {"out": (0,), "inp": (3,)}}).select(GRAPH)
+    chosen = Explicit(params={"head.*": {"out": (0,), "inp": (3,)}}).select(GRAPH).updates
     assert [u.slice for u in chosen] == [Slice(out=(0,), inp=(3,)), Slice(out=(0,))]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modicum.errors import InvalidInput
 from modicum.lower import prepare
-from modicum.selection import Slice, Update
+from modicum.selection import Selection, Slice, Update
 from modicum.state import cut, from_c, image_to_c, materialise, to_c
 
 GRAPH = small_cnn()
@@ -33,7 +33,7 @@ def array(*shape: int) -> np.ndarray:
 
 def test_a_folded_norm_scales_the_weight_and_shifts_the_bias():
     s = state()
-    prepared = prepare(GRAPH, (Update(param="head.weight"),))
+    prepared = prepare(GRAPH, Selection(updates=(Update(param="head.weight"),)))
     values = materialise(prepared, s)
     scale = s["norm.weight"] / np.sqrt(s["norm.var"].astype(np.float64) + 1e-5)
     folded = next(v for n, v in values.items() if n.startswith("stem.weight*"))
@@ -44,7 +44,7 @@ def test_a_folded_norm_scales_the_weight_and_shifts_the_bias():
 
 def test_a_norm_that_stays_gets_its_reciprocal_deviation():
     s = state()
-    values = materialise(prepare(GRAPH, (Update(param="norm.bias"),)), s)
+    values = materialise(prepare(GRAPH, Selection(updates=(Update(param="norm.bias"),))), s)
     assert np.allclose(values["norm.rstd"], 1 / np.sqrt(s["norm.var"] + 1e-5), rtol=1e-6)
     assert values["norm.weight"] is not None and values["norm.rstd"].dtype == np.float32
 
@@ -55,14 +55,14 @@ def test_values_that_are_not_finite_are_refused_by_name(name, value):
     s = state()
     s[name].flat[-1] = value
     with pytest.raises(InvalidInput, match="not finite"):
-        materialise(prepare(GRAPH, (Update(param="head.weight"),)), s)
+        materialise(prepare(GRAPH, Selection(updates=(Update(param="head.weight"),))), s)
 
 
 def test_a_negative_variance_is_refused():
     s = state()
     s["norm.var"][0] = -1.0
     with pytest.raises(InvalidInput, match="not finite"):
-        materialise(prepare(GRAPH, (Update(param="head.weight"),)), s)
+        materialise(prepare(GRAPH, Selection(updates=(Update(param="head.weight"),))), s)
 
 
 @pytest.mark.parametrize("name", ["head.bias", "norm.var"])
@@ -70,7 +70,7 @@ def test_a_missing_entry_is_named(name):
     s = state()
     del s[name]
     with pytest.raises(InvalidInput, match=r"missing|has no") as caught:
-        materialise(prepare(GRAPH, (Update(param="head.weight"),)), s)
+        materialise(prepare(GRAPH, Selection(updates=(Update(param="head.weight"),))), s)
     assert name in str(caught.value)
 
 

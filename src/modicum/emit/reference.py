@@ -1,6 +1,7 @@
-"""What PyTorch's own autograd computes for a plan, without `apply`: the check vectors' source.
+"""What autograd computes for a plan, without `apply`: the check vectors' source.
 
-The gradients come from the captured model under plain autograd; only the trained slices move.
+The prepared graph runs under PyTorch's own autograd, whole parameters and all; only the trained
+slices move.  A sign mask is the one derivative that is not autograd's.
 """
 
 from __future__ import annotations
@@ -9,31 +10,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from modicum.capture import state_of
+from modicum.graph import Node
+from modicum.ops import OPS
 from modicum.optim import Adam
 from modicum.plan import Plan
-from modicum.state import cut
+from modicum.state import cut, materialise
 from modicum.trace import Trace
 
 
 def trace(model: nn.Module, plan: Plan, x: Any, y: Any) -> tuple[Trace, list[Any]]:
-    """Train a copy of `model` on the samples in order; also the outputs before each step."""
-    import copy
-
-    net = copy.deepcopy(model).float().cpu().eval()
-    params = dict(net.named_parameters())
-    slices = {t.param: t.slice for t in plan.program.trained}
-    for name, p in params.items():
-        p.requires_grad_(name in slices)
+    """Train on the samples in order; also the outputs before each step."""
+    program = plan.program
+    values = materialise(program.graph, state_of(model))
+    params = {name: torch.from_numpy(value.copy()) for name, value in values.items()}
+    slices = {t.param: t.slice for t in program.trained}
+    for name in slices:
+        params[name].requires_grad_()
     optimizer = _optimizer(plan, params)
     masks = {name: _mask(params[name], s) for name, s in slices.items()}
     result = Trace(where="torch", plan_hash=plan.hash, order=list(range(len(x))))
     seen: list[Any] = []
-    recorded: dict[str, list[Any]] = {name: [] for name in slices}
+    recorded: dict[str, list[Any]] = {t.param: [] for t in program.learned}
     for i in range(len(x)):
-        out = net(torch.from_numpy(np.asarray(x[i : i + 1])))
-        seen.append(out.detach().numpy()[0].copy())
+        sample = torch.from_numpy(np.asarray(x[i : i + 1]))
+        with torch.no_grad():
+            seen.append(_forward(plan, params, sample, training=False).numpy()[0].copy())
+        out = _forward(plan, params, sample, training=True)
         if plan.loss == "mse":
             target = torch.from_numpy(np.asarray(y[i : i + 1])).reshape(out.shape)
             loss = ((out - target) ** 2).mean()
@@ -48,13 +53,37 @@ def trace(model: nn.Module, plan: Plan, x: Any, y: Any) -> tuple[Trace, list[Any
             with torch.no_grad():
                 for name in slices:  # what is not in the slice stays as it was
                     params[name].copy_(torch.where(masks[name], params[name], before[name]))
-        for name, s in slices.items():
-            recorded[name].append(cut(params[name].detach().numpy(), s).copy())
+        for t in program.learned:
+            recorded[t.param].append(cut(params[t.param].detach().numpy(), t.slice).copy())
     result.tensors = {name: np.stack(values) for name, values in recorded.items()}
     return result, seen
 
 
-def _mask(p: nn.Parameter, s: Any) -> torch.Tensor:
+def _forward(plan: Plan, params: dict[str, Tensor], x: Tensor, training: bool) -> Tensor:
+    graph = plan.program.graph
+    values = {graph.input: x}
+    for node in graph.nodes:
+        inputs = [values[v] for v in node.inputs]
+        p = {role: params[name] for role, name in node.params.items()}
+        values[node.name] = _run(node, inputs, p, training)
+    return values[graph.output]
+
+
+def _run(node: Node, inputs: list[Tensor], p: dict[str, Tensor], training: bool) -> Tensor:
+    if node.op == "batch_stat_norm" and training:
+        norm = (p["mean"], p["var"], p["weight"], p["bias"], True)
+        return nn.functional.batch_norm(
+            inputs[0], *norm, momentum=node.attrs["momentum"], eps=node.attrs["eps"]
+        )
+    if not node.attrs.get("sign"):
+        return OPS[node.op].forward(node, inputs, p)
+    exact = OPS[node.op].forward(node, [inputs[0].detach()], p)
+    # the value of the activation, the gradient of x * 1[x >= 0]
+    through = inputs[0] * (inputs[0] >= 0)
+    return exact + (through - through.detach())
+
+
+def _mask(p: Tensor, s: Any) -> Tensor:
     mask = np.zeros(tuple(p.shape), dtype=bool)
     rows = np.arange(p.shape[0]) if s.out is None else np.asarray(s.out)
     if s.inp is None:
@@ -64,9 +93,9 @@ def _mask(p: nn.Parameter, s: Any) -> torch.Tensor:
     return torch.from_numpy(mask)
 
 
-def _optimizer(plan: Plan, params: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(plan: Plan, params: dict[str, Tensor]) -> torch.optim.Optimizer:
     o = plan.optimizer
-    rates = {u.param: u.rates[0] for u in plan.selection}
+    rates = {u.param: u.rates[0] for u in plan.selection.updates}
     groups = [{"params": [params[n]], "lr": o.lr * r} for n, r in rates.items()]
     if isinstance(o, Adam):
         return torch.optim.Adam(groups, o.lr, o.betas, o.eps, weight_decay=o.weight_decay)

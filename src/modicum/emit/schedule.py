@@ -12,6 +12,7 @@ import numpy as np
 
 from modicum.graph import Graph
 from modicum.lower import Buffer, Program, Step, Trained
+from modicum.ops import OPS
 from modicum.ops.base import Arg, Buf, Call, Const, Expr, Indices, Struct
 from modicum.optim import Adam
 from modicum.plan import Plan
@@ -75,7 +76,8 @@ class Source:
         forward = self._steps(s for s in steps if s.phase in ("forward", "save"))
         loss = "\n".join(self._loss(s) for s in steps if s.phase == "loss")
         backward = self._steps(s for s in steps if s.phase in ("backward", "update"))
-        moments = ", ".join(f"{{{first}u, {n}u}}" for first, n in self._second_moments())
+        runs = self._not_negative()
+        not_negative = ", ".join(f"{{{first}u, {n}u}}" for first, n in runs)
         adam = plan.optimizer if isinstance(plan.optimizer, Adam) else None
         return render(
             "net.c.j2",
@@ -85,8 +87,8 @@ class Source:
             arena_map=self._arena_map(),
             tables=self._table_text(),
             hash_bytes=", ".join(f"0x{plan.hash[i : i + 2]}" for i in range(0, 32, 2)),
-            moments=moments,
-            runs=f"second_moments, {len(self.program.trained)}" if adam else "NULL, 0",
+            not_negative=not_negative,
+            runs=f"not_negative, {len(runs)}" if runs else "NULL, 0",
             lr=_float(plan.optimizer.lr),
             initial_values=self._initial_values(),
             betas=[_float(1.0 - b) for b in adam.betas] if adam else None,
@@ -127,7 +129,7 @@ class Source:
 
     def _initial_values(self) -> str:
         lines = []
-        for t in self.program.trained:
+        for t in self.program.learned:
             size = 4 * t.size
             lines.append(f"  memcpy(F({self.symbols[t.buffer]}), {self._initial(t)}, {size});")
         return "\n".join(lines)
@@ -138,14 +140,20 @@ class Source:
             self.initial[t.param] = self._symbol(wanted)
         return self.initial[t.param]
 
-    def _second_moments(self) -> list[tuple[int, int]]:
-        if not isinstance(self.plan.optimizer, Adam):
-            return []
-        return [(self.plan.offsets[f"v:{t.param}"] // 4, t.size) for t in self.program.trained]
+    def _not_negative(self) -> list[tuple[int, int]]:
+        """(first, count) of what cannot be negative: running variances, Adam's second moments."""
+        offsets, program = self.plan.offsets, self.program
+        variances = [n.params["var"] for n in program.graph.nodes if "var" in OPS[n.op].states]
+        runs = [
+            (offsets[t.buffer] // 4, t.size) for t in program.statistics if t.param in variances
+        ]
+        if isinstance(self.plan.optimizer, Adam):
+            runs += [(offsets[f"v:{t.param}"] // 4, t.size) for t in program.trained]
+        return runs
 
     def _trained_cases(self) -> str:
         lines = []
-        for i, t in enumerate(self.program.trained):
+        for i, t in enumerate(self.program.learned):
             lines.append(f"  case {i}: /* {t.param} */\n    *count = {t.size};")
             lines.append(f"    return F({self.symbols[t.buffer]});")
         return "\n".join(lines)
@@ -244,7 +252,7 @@ class Source:
             if const.channels is not None:
                 value = value[list(const.channels)]
             arrays[symbol] = (to_c(value, const.layout), const.param)
-        for t in self.program.trained:
+        for t in self.program.learned:
             part = to_c(cut(self.values[t.param], t.slice), t.layout)
             arrays[self._initial(t)] = (part, f"{t.param}, before training")
         guard = f"{self.macro}_WEIGHTS_H"

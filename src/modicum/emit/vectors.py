@@ -24,7 +24,7 @@ def vectors_header(plan: Plan, x: Any, y: Any, trace: Trace, logits: list[Any]) 
         body.append(c_array(f"input{i}", images[i], "static const float"))
         body.append(c_array(f"logits{i}", logits[i], "static const float"))
         tensors = []
-        for k, t in enumerate(plan.program.trained):
+        for k, t in enumerate(plan.program.learned):
             full = to_c(trace.tensors[t.param][i], t.layout).ravel()
             stride = -(-full.size // MOST_COMPARED)
             part = full[::stride]

@@ -11,11 +11,26 @@ from modicum.methods.bias import Bias
 from modicum.methods.explicit import Explicit
 from modicum.methods.full import Full
 from modicum.methods.last import Last
+from modicum.methods.mobiletl import Blocks, MobileTL
+from modicum.methods.norm import Norm
 
-METHODS: dict[str, type[Method]] = {
-    cls.model_fields["kind"].default: cls for cls in (Full, Last, Bias, Explicit)
-}
+_ALL: tuple[type[Method], ...] = (Full, Blocks, MobileTL, Last, Bias, Norm, Explicit)
 
-AnyMethod = Annotated[Full | Last | Bias | Explicit, Field(discriminator="kind")]
+METHODS: dict[str, type[Method]] = {cls.model_fields["kind"].default: cls for cls in _ALL}
 
-__all__ = ["METHODS", "AnyMethod", "Bias", "Explicit", "Full", "Last", "Method"]
+AnyMethod = Annotated[
+    Full | Blocks | MobileTL | Last | Bias | Norm | Explicit, Field(discriminator="kind")
+]
+
+__all__ = [
+    "METHODS",
+    "AnyMethod",
+    "Bias",
+    "Blocks",
+    "Explicit",
+    "Full",
+    "Last",
+    "Method",
+    "MobileTL",
+    "Norm",
+]

@@ -25,8 +25,9 @@ class Bias(Method):
     def select(self, graph: Graph) -> Selection:
         biases = [p for n in graph.nodes for role, p in n.params.items() if role == "bias"]
         names = [p for p in dict.fromkeys(biases) if graph.params[p].trainable]
-        last = [u.param for u in Last(n=self.head).select(graph)] if self.head else []
-        return tuple(Update(param=p) for p in graph.trainable() if p in {*names, *last})
+        last = [u.param for u in Last(n=self.head).select(graph).updates] if self.head else []
+        chosen = [p for p in graph.trainable() if p in {*names, *last}]
+        return Selection(updates=tuple(Update(param=p) for p in chosen))
 
     def smaller(self) -> Method | None:
         return Last(n=self.head) if self.head else None

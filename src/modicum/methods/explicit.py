@@ -10,7 +10,7 @@ from pydantic import Field
 from modicum.errors import UsageError
 from modicum.graph import Frozen, Graph
 from modicum.methods.base import Method
-from modicum.selection import Selection, Slice, Update
+from modicum.selection import Selection, Slice, Update, takes_sign
 
 
 class Channels(Frozen):
@@ -26,11 +26,15 @@ class Explicit(Method):
     >>> method = Explicit(params={"classifier.*": None, "blocks.5.*.weight": {"out": (0, 3)}})
 
     A channel list applies where the axis exists: `inp` is ignored on biases.  The first pattern
-    that matches a parameter decides.  A pattern without a match is an error.
+    that matches a parameter decides.  `batch_norms` and `sign` are patterns of nodes: norms that
+    use and follow batch statistics, activations with a sign mask for their derivative.  A pattern
+    without a match is an error.
     """
 
     kind: Literal["explicit"] = "explicit"
     params: Annotated[dict[str, Channels | None], Field(min_length=1)]
+    batch_norms: tuple[str, ...] = ()
+    sign: tuple[str, ...] = ()
 
     def select(self, graph: Graph) -> Selection:
         names = graph.trainable()
@@ -48,4 +52,20 @@ class Explicit(Method):
                 has_inputs = len(graph.params[name].shape) > 1
                 part = Slice(out=c.out, inp=c.inp if has_inputs else None)
                 updates.append(Update(param=name, slice=part))
-        return tuple(updates)
+        norms = [n.name for n in graph.nodes if n.op == "batch_norm"]
+        activations = [n.name for n in graph.nodes if takes_sign(n)]
+        return Selection(
+            updates=tuple(updates),
+            batch_norms=_matching(self.batch_norms, norms, "batch norm"),
+            sign=_matching(self.sign, activations, "activation with a sign mask"),
+        )
+
+
+def _matching(patterns: tuple[str, ...], names: list[str], what: str) -> tuple[str, ...]:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"no {what} matches {pattern!r}",
+                hint="their names are " + (", ".join(names[:6]) or "none: the model has none"),
+            )
+    return tuple(n for n in names if any(fnmatchcase(n, p) for p in patterns))

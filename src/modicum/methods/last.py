@@ -28,7 +28,8 @@ class Last(Method):
             raise UsageError("the model has no convolution or linear layer to train")
         first = starts[-min(self.n, len(starts))]
         names = [p for node in graph.nodes[first:] for p in node.params.values()]
-        return tuple(Update(param=p) for p in dict.fromkeys(names) if graph.params[p].trainable)
+        chosen = [p for p in dict.fromkeys(names) if graph.params[p].trainable]
+        return Selection(updates=tuple(Update(param=p) for p in chosen))
 
     def smaller(self) -> Method | None:
         return Last(n=max(1, self.n // 2)) if self.n > 1 else None

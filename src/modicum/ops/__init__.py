@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from modicum.errors import InvalidInput
 from modicum.graph import Graph
+from modicum.ops.activation import HardSigmoid, HardSwish, Sigmoid, SiLU
 from modicum.ops.add import Add
 from modicum.ops.base import Op
-from modicum.ops.batch_norm import BatchNorm
+from modicum.ops.batch_norm import BatchNorm, BatchStatNorm
 from modicum.ops.clamp import Clamp
 from modicum.ops.concat import Concat
 from modicum.ops.conv2d import Conv2d
+from modicum.ops.group_norm import GroupNorm
 from modicum.ops.linear import Linear
+from modicum.ops.mul import Mul
+from modicum.ops.norm_conv2d import NormConv2d
 from modicum.ops.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from modicum.ops.reshape import Reshape
+from modicum.ops.resize import Resize
 
 _ALL = (
-    Conv2d,
-    Linear,
-    BatchNorm,
-    Clamp,
-    MaxPool2d,
-    AvgPool2d,
-    AdaptiveAvgPool2d,
-    Add,
-    Concat,
-    Reshape,
+    *(Conv2d, Linear, NormConv2d),
+    *(BatchNorm, BatchStatNorm, GroupNorm),
+    *(Clamp, HardSwish, HardSigmoid, Sigmoid, SiLU),
+    *(MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Resize),
+    *(Add, Mul, Concat, Reshape),
 )
 
 OPS: dict[str, Op] = {cls.name: cls() for cls in _ALL}

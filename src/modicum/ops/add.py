@@ -8,6 +8,7 @@ from modicum.ops.base import Buf, Call, Op
 class Add(Op):
     name = "add"
     plain_autograd = True
+    clamps = True
 
     def shape(self, node, inputs, params):
         if inputs[0] != inputs[1]:

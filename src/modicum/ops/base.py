@@ -39,16 +39,18 @@ class Kept:
     """Something kept from the forward pass until the node's backward pass.
 
     value: the tensor `value` itself; channels: only `channels` of it; mask: one bit per element
-    of `value`, set where the clamp passes gradient; code: the winner of each max-pool window in
-    `bits` bits.  `bytes` is for one sample.
+    of `value`, set where the node passes gradient; code: the winner of each max-pool window in
+    `bits` bits; stats: means and 1 / standard deviations that a norm computed.  `bytes` is for
+    one sample.
     """
 
-    kind: Literal["value", "channels", "mask", "code"]
+    kind: Literal["value", "channels", "mask", "code", "stats"]
     value: str
     bytes: int
     channels: tuple[int, ...] | None = None
     bits: int = 0
     why: str = ""
+    shared: bool = False  # the mask is read from a value that another node keeps anyway
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ class Op:
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]] = ()
+    states: ClassVar[tuple[str, ...]] = ()  # parameters that the forward pass itself moves
+    clamps: ClassVar[bool] = False  # its C kernel can clamp the output while storing it
     accumulates: ClassVar[bool] = False  # its dx kernel can add to an existing gradient
     plain_autograd: ClassVar[bool] = False  # PyTorch's own backward keeps nothing for it
 
@@ -200,6 +204,16 @@ class Op:
     # ---- torch ----
 
     def forward(self, node: Node, x: Tensors, p: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward_saving(
+        self, node: Node, x: Tensors, p: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output, and the codes or statistics that `saved` lists."""
+        return self.forward(node, x, p), None
+
+    def mask(self, node: Node, source: torch.Tensor) -> torch.Tensor:
+        """Where gradient passes, from the value that a kept mask is of."""
         raise NotImplementedError
 
     def backward(
@@ -228,11 +242,19 @@ class Op:
         """True when the gradient of every input is the gradient of the output."""
         return self.view(graph, node)
 
-    def dx_inplace(self, graph: Graph, node: Node) -> bool:
-        """True when the input gradient may overwrite the output gradient."""
+    def dx_inplace(self, graph: Graph, node: Node, i: int) -> bool:
+        """True when the gradient of input `i` may overwrite the output gradient."""
         return False
 
+    def c_mask(self, graph: Graph, node: Node, mask: Buf, source: Buf) -> Call:
+        """The call that packs a kept mask."""
+        raise NotImplementedError
+
     def c_forward(self, f: ForwardArgs) -> list[Call]:
+        raise NotImplementedError
+
+    def c_forward_saving(self, f: ForwardArgs, aux: Buf) -> list[Call]:
+        """The forward calls of a training step, which also write the codes or statistics."""
         raise NotImplementedError
 
     def c_dx(self, b: BackwardArgs, i: int) -> Call:
@@ -245,6 +267,10 @@ class Op:
         ``b.dy`` is already gathered to ``s.out`` where that is a list (unless `slices_rows`),
         ``b.kept`` to the channels that `saved` names.
         """
+        raise NotImplementedError
+
+    def c_follow(self, b: BackwardArgs) -> Call:
+        """The call that moves what `states` lists, once the sample's loss is known to be finite."""
         raise NotImplementedError
 
     def slices_rows(self, graph: Graph, node: Node, s: Slice) -> bool:

@@ -2,11 +2,23 @@
 
 dx = dy where lo < x < hi, else 0.  Since lo < x < hi exactly when lo < y < hi, one bit per
 element is enough; where the output is kept anyway for another gradient, not even that.
+
+With `sign` (MobileTL; lo is 0): dx = dy where x >= 0, else 0.  What is clamped from below zero is
+stored as -0.0 then, so that the output tells the sign of the input, and the same rule holds.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from modicum.graph import Node
 from modicum.ops.base import Buf, Call, Kept, Op, clamp_args, mask_bytes
+
+
+def clamp_bounds(node: Node) -> tuple[Any, Any]:
+    """(lo, hi) as the kernels take them: -0.0 where the sign of the input is to be told."""
+    lo, hi = node.attrs["lo"], node.attrs["hi"]
+    return (-0.0 if node.attrs.get("sign") else lo), hi
 
 
 class Clamp(Op):
@@ -28,16 +40,19 @@ class Clamp(Op):
         import torch
 
         if node.attrs["lo"] == 0 and node.attrs["hi"] is None:
-            return torch.relu(x[0])
-        return torch.clamp(x[0], node.attrs["lo"], node.attrs["hi"])
+            y = torch.relu(x[0])
+        else:
+            y = torch.clamp(x[0], node.attrs["lo"], node.attrs["hi"])
+        return torch.copysign(y, x[0] + 0.0) if node.attrs.get("sign") else y
 
-    def passes(self, node, y):
-        """Where gradient passes, from the output."""
+    def mask(self, node, source):
         import torch
 
+        if node.attrs.get("sign"):
+            return ~torch.signbit(source)
         lo, hi = node.attrs["lo"], node.attrs["hi"]
-        inside = torch.ones_like(y, dtype=torch.bool) if lo is None else y > lo
-        return inside if hi is None else inside & (y < hi)
+        inside = torch.ones_like(source, dtype=torch.bool) if lo is None else source > lo
+        return inside if hi is None else inside & (source < hi)
 
     def backward(self, node, dy, kept, p, wanted, x_shapes):
         return [dy * kept[0]], {}
@@ -45,13 +60,20 @@ class Clamp(Op):
     def inplace(self, graph, node):
         return (0,)
 
-    def dx_inplace(self, graph, node):
+    def dx_inplace(self, graph, node, i):
         return True
 
     def c_forward(self, f):
         n = f.graph.values[f.node.name].size
-        lo_hi = clamp_args(f.node.attrs["lo"], f.node.attrs["hi"])
+        lo_hi = clamp_args(*clamp_bounds(f.node))
         return [Call("mo_clamp_forward", (Buf(f.y, "w"), Buf(f.x[0]), n, *lo_hi))]
+
+    def c_mask(self, graph, node, mask, source):
+        n = graph.values[node.name].size
+        if node.attrs.get("sign"):
+            return Call("mo_sign_pack", (mask, source, n))
+        lo_hi = clamp_args(node.attrs["lo"], node.attrs["hi"])
+        return Call("mo_mask_pack", (mask, source, n, *lo_hi))
 
     def c_dx(self, b, i):
         """From the mask, or from the output itself when that is what was kept."""
@@ -59,5 +81,7 @@ class Clamp(Op):
         dx, dy, kept = Buf(b.dx, "w"), Buf(b.dy), Buf(b.kept[0])
         if b.kept[0].startswith("mask:"):
             return Call("mo_mask_backward", (dx, dy, kept, n))
+        if b.node.attrs.get("sign"):
+            return Call("mo_sign_backward", (dx, dy, kept, n))
         lo_hi = clamp_args(b.node.attrs["lo"], b.node.attrs["hi"])
         return Call("mo_clamp_backward", (dx, dy, kept, n, *lo_hi))

@@ -7,6 +7,7 @@ dx = conv^T(dy, w); dw[o, i, t] = sum_p dy[o, p] x[i, p + t]; db[o] = sum_p dy[o
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 from modicum.graph import Graph, Node
 from modicum.ops.base import Buf, Call, Expr, GradCall, Kept, Macs, Op, Struct, Wanted, count
@@ -15,7 +16,8 @@ from modicum.selection import Slice
 
 class Conv2d(Op):
     name = "conv2d"
-    roles = ("weight", "bias")
+    roles: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    clamps = True
     accumulates = True
 
     def shape(self, node, inputs, params):
@@ -70,12 +72,13 @@ class Conv2d(Op):
     def forward(self, node, x, p):
         import torch.nn.functional as F
 
+        image, padding = _padded(node, x[0])
         return F.conv2d(
-            _padded(node, x[0]),
+            image,
             p["weight"],
             p.get("bias"),
             node.attrs["stride"],
-            0,
+            padding,
             node.attrs["dilation"],
             _groups(node),
         )
@@ -92,9 +95,16 @@ class Conv2d(Op):
         if wanted.dx[0]:
             top, left, bottom, right = node.attrs["padding"]
             n, c, h, w = x_shapes[0]
-            like = dy.new_empty(1).expand(n, c, h + top + bottom, w + left + right)
-            dx = _convolution_backward(node, dy, like, p["weight"], _groups(node), (True, False))[0]
-            if any((top, left, bottom, right)):
+            padding = _symmetric(node)
+            if padding is None:
+                h_all, w_all, padding = h + top + bottom, w + left + right, (0, 0)
+            else:
+                h_all, w_all, top, left = h, w, 0, 0
+            like = dy.new_empty(1).expand(n, c, h_all, w_all)
+            wanted_dx = (True, False)
+            weight, groups = p["weight"], _groups(node)
+            dx = _convolution_backward(node, dy, like, weight, groups, padding, wanted_dx)[0]
+            if (h_all, w_all) != (h, w):
                 dx = dx[:, :, top : top + h, left : left + w]
         return [dx], grads
 
@@ -103,17 +113,17 @@ class Conv2d(Op):
         groups = _groups(node)
         depthwise = groups > 1 and w.shape[1] == 1 and w.shape[0] == groups
         out = None if s.out is None else list(s.out)
+        image, padding = _padded(node, x)
         if depthwise:
             dy = dy if out is None else dy[:, out]
             like = w if out is None else w[out]
-            return _convolution_backward(
-                node, dy, _padded(node, x), like, like.shape[0], (False, True)
-            )[1]
+            groups = like.shape[0]
+            return _convolution_backward(node, dy, image, like, groups, padding, (False, True))[1]
         if groups == 1:
             dy = dy if out is None else dy[:, out]
             like = w.new_empty(1).expand(s.shape(tuple(w.shape)))
-            return _convolution_backward(node, dy, _padded(node, x), like, 1, (False, True))[1]
-        dw = _convolution_backward(node, dy, _padded(node, x), w, groups, (False, True))[1]
+            return _convolution_backward(node, dy, image, like, 1, padding, (False, True))[1]
+        dw = _convolution_backward(node, dy, image, w, groups, padding, (False, True))[1]
         dw = dw if out is None else dw[out]
         return dw if s.inp is None else dw[:, list(s.inp)]
 
@@ -198,14 +208,24 @@ def _weight(graph: Graph, node: Node):
     return graph.params[node.params["weight"]].shape
 
 
+def _symmetric(node):
+    """(height, width) of a padding that is the same on both sides, else None."""
+    top, left, bottom, right = node.attrs["padding"]
+    return (top, left) if (top, left) == (bottom, right) else None
+
+
 def _padded(node, x):
+    """The image and the padding that is left to the convolution."""
     import torch.nn.functional as F
 
+    padding = _symmetric(node)
+    if padding is not None:
+        return x, padding
     top, left, bottom, right = node.attrs["padding"]
-    return F.pad(x, (left, right, top, bottom)) if any((top, left, bottom, right)) else x
+    return F.pad(x, (left, right, top, bottom)), (0, 0)
 
 
-def _convolution_backward(node, dy, x, w, groups, wanted):
+def _convolution_backward(node, dy, x, w, groups, padding, wanted):
     import torch
 
     return torch.ops.aten.convolution_backward(
@@ -214,7 +234,7 @@ def _convolution_backward(node, dy, x, w, groups, wanted):
         w,
         None,
         node.attrs["stride"],
-        (0, 0),
+        padding,
         node.attrs["dilation"],
         False,
         (0, 0),

@@ -23,6 +23,7 @@ from modicum.ops.base import (
 class Linear(Op):
     name = "linear"
     roles = ("weight", "bias")
+    clamps = True
     accumulates = True
 
     def shape(self, node, inputs, params):

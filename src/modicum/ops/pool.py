@@ -28,18 +28,18 @@ class MaxPool2d(Op):
         return (Kept("code", y.name, mask_bytes(y.size, bits), bits=bits, why=why),)
 
     def forward(self, node, x, p):
-        return self.forward_with_codes(node, x[0])[0]
+        return self.forward_saving(node, x, p)[0]
 
-    def forward_with_codes(self, node, x):
+    def forward_saving(self, node, x, p):
         """The output, and for each element the winner's position kh * k_w + kw."""
         import torch.nn.functional as F
 
         a = node.attrs
         y, index = F.max_pool2d(
-            x, a["kernel"], a["stride"], a["pad"], a["dilation"], a["ceil"], return_indices=True
+            x[0], a["kernel"], a["stride"], a["pad"], a["dilation"], a["ceil"], return_indices=True
         )
         origin_h, origin_w = _origins(node, y)
-        w = x.shape[-1]
+        w = x[0].shape[-1]
         kh = (index // w - origin_h) // a["dilation"][0]
         kw = (index % w - origin_w) // a["dilation"][1]
         return y, kh * a["kernel"][1] + kw
@@ -57,15 +57,11 @@ class MaxPool2d(Op):
         return [dx.reshape(n, c, h, w)], {}
 
     def c_forward(self, f):
-        return [self._forward_call(f.graph, f.node, f.x[0], f.y, None)]
+        return self.c_forward_saving(f, None)
 
-    def c_forward_saving(self, graph: Graph, node: Node, x: str, y: str, code: str) -> Call:
-        """The forward call of a training step, which also writes the codes."""
-        return self._forward_call(graph, node, x, y, Buf(code, "w", training=True))
-
-    def _forward_call(self, graph, node, x, y, code):
-        args = (Buf(y, "w"), code, Buf(x), window(graph, node), code_bits(node))
-        return Call("mo_maxpool_forward", args)
+    def c_forward_saving(self, f, aux):
+        args = (Buf(f.y, "w"), aux, Buf(f.x[0]), window(f.graph, f.node), code_bits(f.node))
+        return [Call("mo_maxpool_forward", args)]
 
     def c_dx(self, b, i):
         args = (Buf(b.dx, "w"), Buf(b.dy), Buf(b.kept[0]), window(b.graph, b.node))

@@ -65,7 +65,7 @@ def status_of(program: Program, row: LayerCost) -> str:
 def picture_layers(p: Plan) -> list[Layer]:
     """One row per layer with parameters; nodes without any are counted with the layer before."""
     program = p.program
-    in_ram = {t.param: t.size for t in program.trained}
+    in_ram = {t.param: t.size for t in program.learned}
     rows: list[Layer] = []
     for row, node in zip(p.layers, program.graph.nodes, strict=True):
         names = [node.params[role] for role in ("weight", "bias") if role in node.params]

@@ -8,7 +8,8 @@
              Taps on the padding are left out.  Tiles and vector lanes only choose which elements
              are computed side by side, so a build with -ffp-contract=off gives the same bits on
              every target.
-   Clamp     lo < hi; pass MO_NO_LO / MO_NO_HI for no activation, 0 and 6 for relu6.
+   Clamp     lo < hi; pass MO_NO_LO / MO_NO_HI for no activation, 0 and 6 for relu6.  With lo =
+             -0.0f what is negative becomes -0 and +0 stays: y keeps the sign of what was clamped.
    No kernel allocates, recurses or keeps state.  dx / dw / y never overlap their inputs
    unless a comment says "may be in place". */
 #ifndef MO_KERNELS_H
@@ -86,6 +87,89 @@ void mo_mask_pack(uint8_t *mask, const float *y, int32_t n, float lo, float hi);
 void mo_mask_backward(float *dx, const float *dy, const uint8_t *mask, int32_t n);
 /* the same from the kept output: dx = (lo < y && y < hi) ? dy : 0; may be in place on dy */
 void mo_clamp_backward(float *dx, const float *dy, const float *y, int32_t n, float lo, float hi);
+/* bit i of mask = the sign bit of y[i] is clear; packed as above */
+void mo_sign_pack(uint8_t *mask, const float *y, int32_t n);
+/* dx = the sign bit of y is clear ? dy : 0; may be in place on dy */
+void mo_sign_backward(float *dx, const float *dy, const float *y, int32_t n);
+/* y = x * clamp(x + 3, 0, 6) / 6; the sign bit of y is that of x, with -0 taken as +0.  May be in
+   place. */
+void mo_hardswish_forward(float *y, const float *x, int32_t n);
+/* from the input; dx = 0 at -3 and dy at 3, as PyTorch.  May be in place on dy. */
+void mo_hardswish_backward(float *dx, const float *dy, const float *x, int32_t n);
+/* y = clamp(x + 3, 0, 6) / 6; may be in place */
+void mo_hardsigmoid_forward(float *y, const float *x, int32_t n);
+/* dx = mask ? dy / 6 : 0 with mo_mask_pack(mask, x, n, -3, 3) of the input; may be in place */
+void mo_hardsigmoid_backward(float *dx, const float *dy, const uint8_t *mask, int32_t n);
+
+/* ---- sigmoid.c ---- */
+/* y = 1 / (1 + exp(-x)); may be in place */
+void mo_sigmoid_forward(float *y, const float *x, int32_t n);
+/* dx = dy * y * (1 - y); may be in place on dy */
+void mo_sigmoid_backward(float *dx, const float *dy, const float *y, int32_t n);
+/* y = x * sigmoid(x); the sign bit of y is that of x, with -0 taken as +0.  May be in place. */
+void mo_silu_forward(float *y, const float *x, int32_t n);
+/* from the input: dx = dy * s * (1 + x * (1 - s)), s = sigmoid(x); may be in place on dy */
+void mo_silu_backward(float *dx, const float *dy, const float *x, int32_t n);
+
+/* ---- norm.c: on [pixels][c]; the batch is the one sample ---- */
+/* y = clamp((x - mean) * rstd * gamma + beta), rstd = 1 / sqrt(variance + eps).  With stats: mean
+   and biased variance over the pixels, more than one; they are kept, c means and then c rstds.
+   stats NULL: the running statistics, and then it may be in place. */
+void mo_batch_norm_forward(float *y, const float *x, const float *gamma, const float *beta,
+                           const float *running_mean, const float *running_var, float *stats,
+                           int32_t pixels, int32_t c, float eps, float lo, float hi);
+/* running = (1 - momentum) * running + momentum * new, with the unbiased variance; apart from the
+   forward pass, so that a sample whose loss is not finite moves nothing */
+void mo_batch_norm_follow(float *running_mean, float *running_var, const float *stats,
+                          int32_t pixels, int32_t c, float eps, float momentum);
+/* through the statistics; may be in place on dy.  dgamma: mo_affine_dgamma with mean = stats and
+   rstd = stats + c. */
+void mo_batch_norm_dx(float *dx, const float *dy, const float *x, const float *gamma,
+                      const float *stats, int32_t pixels, int32_t c);
+/* one mean and variance for each run of c / groups channels over all pixels; a sum over a group is
+   the sum over its channels of their sums over pixels.  gamma and beta may be NULL; stats, 2 *
+   groups floats, means and then rstds, may be NULL.  May be in place. */
+void mo_group_norm_forward(float *y, const float *x, const float *gamma, const float *beta,
+                           float *stats, int32_t pixels, int32_t c, int32_t groups, float eps,
+                           float lo, float hi);
+/* gamma may be NULL; may be in place on dy */
+void mo_group_norm_dx(float *dx, const float *dy, const float *x, const float *gamma,
+                      const float *stats, int32_t pixels, int32_t c, int32_t groups);
+void mo_group_norm_dgamma(float *dgamma, const float *dy, const float *x, const float *stats,
+                          int32_t pixels, int32_t c, int32_t groups, int accumulate);
+/* The gradients of y = gamma * (conv(x, w) + bias - mean) * rstd with respect to gamma and w, from
+   g = mo_conv2d_dw or mo_depthwise_dw of dy: first the start of dgamma, bias may be NULL,
+   dgamma[j] = (bias[j] - mean[j]) * rstd[j] * sum over pixels of dy[j] */
+void mo_norm_dgamma_start(float *dgamma, const float *dy, const float *mean, const float *rstd,
+                          const float *bias, int32_t pixels, int32_t c, int accumulate);
+/* then, for the rows [row0, row1) of g, dgamma[r] += rstd[r] * (w_row . g_row) and g_row *=
+   gamma[r] * rstd[r]; g and w point at row row0 */
+void mo_norm_dw_rows(float *g, float *dgamma, const float *w, const float *gamma,
+                     const float *rstd, int32_t row0, int32_t row1, int32_t row_elems);
+/* or the same for `taps` kernel positions of a depthwise convolution, [taps][c]; g and w point at
+   the first of them */
+void mo_norm_dw_channels(float *g, float *dgamma, const float *w, const float *gamma,
+                         const float *rstd, int32_t taps, int32_t c);
+/* each row: out = (w - mean) / sqrt(variance + eps), with the biased variance */
+void mo_standardise(float *out, const float *w, int32_t rows, int32_t row_elems, float eps);
+/* g, the gradient with respect to out, becomes that with respect to w; both at the same row */
+void mo_standardise_dw(float *g, const float *w, int32_t rows, int32_t row_elems, float eps);
+
+/* ---- resize.c: scale is the step in the input for one of the output: in / out or 1 / the scale
+        factor given; with align_corners (in - 1) / (out - 1), 0 for a single output.  dx: pixels
+        of dy in raster order. ---- */
+void mo_resize_nearest_forward(float *y, const float *x, int32_t in_h, int32_t in_w,
+                               int32_t out_h, int32_t out_w, int32_t c, float scale_h,
+                               float scale_w);
+void mo_resize_nearest_backward(float *dx, const float *dy, int32_t in_h, int32_t in_w,
+                                int32_t out_h, int32_t out_w, int32_t c, float scale_h,
+                                float scale_w);
+void mo_resize_bilinear_forward(float *y, const float *x, int32_t in_h, int32_t in_w,
+                                int32_t out_h, int32_t out_w, int32_t c, float scale_h,
+                                float scale_w, int align_corners);
+void mo_resize_bilinear_backward(float *dx, const float *dy, int32_t in_h, int32_t in_w,
+                                 int32_t out_h, int32_t out_w, int32_t c, float scale_h,
+                                 float scale_w, int align_corners);
 
 /* ---- pool.c ---- */
 /* code (may be NULL) keeps the winning position kh * k_w + kw in `bits` bits per output element,
@@ -106,9 +190,15 @@ void mo_adaptive_avgpool_forward(float *y, const float *x, int32_t in_h, int32_t
 void mo_adaptive_avgpool_backward(float *dx, const float *dy, int32_t in_h, int32_t in_w,
                                   int32_t out_h, int32_t out_w, int32_t c);
 
-/* ---- move.c: additions, copies, gathers ---- */
+/* ---- move.c: additions, products, copies, gathers ---- */
 /* y = clamp(a + b); may be in place on a or b */
 void mo_add(float *y, const float *a, const float *b, int32_t n, float lo, float hi);
+/* y = a * b; b has `pixels` pixels or, a gate per channel, one.  May be in place on a, and on b
+   where it has as many. */
+void mo_mul(float *y, const float *a, const float *b, int32_t pixels, int32_t c,
+            int32_t b_pixels);
+/* db[j] = sum over pixels of dy[j] * a[j], for a b of one pixel */
+void mo_mul_dgate(float *db, const float *dy, const float *a, int32_t pixels, int32_t c);
 /* `blocks` runs of `len` floats, strides in floats; accumulate adds instead of copying */
 void mo_copy_blocks(float *dst, int32_t dst_stride, const float *src, int32_t src_stride,
                     int32_t blocks, int32_t len, int accumulate);

@@ -81,6 +81,7 @@ MO_VECTOR(8)
 #if MO_LANES > 8
 MO_VECTOR(16)
 #endif
+typedef int32_t mo_i1;
 #define MO_LOAD(L, address) ((MO_JOIN(mo_f, L)) * (const MO_JOIN(mo_u, L) *)(address))
 #define MO_STORE(L, address, value) (*(MO_JOIN(mo_u, L) *)(address) = (value))
 
@@ -97,6 +98,12 @@ MO_VECTOR(16)
 #define MO_EACH(j, n, BODY) MO_EACH_(j, n, 4, BODY) MO_EACH_(j, n, 1, BODY)
 #else
 #define MO_EACH(j, n, BODY) MO_BY_FOUR MO_EACH_(j, n, 1, BODY)
+#endif
+/* The same for a long BODY, of which single lanes shall not make four */
+#if MO_LANES > 1
+#define MO_EACH_LONG(j, n, BODY) MO_EACH(j, n, BODY)
+#else
+#define MO_EACH_LONG(j, n, BODY) MO_LOOP MO_EACH_(j, n, 1, BODY)
 #endif
 
 MO_INLINE int32_t mo_min(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -137,12 +144,15 @@ MO_INLINE void mo_clamp1(float *v, float lo, float hi) {
   *v = *v > hi ? hi : *v;
 }
 
-#define MO_DEFINE_CLAMP(L)                                                         \
-  MO_INLINE void mo_clamp##L(mo_f##L *v, float lo, float hi) {                     \
-    const mo_i##L low = (mo_i##L)((mo_f##L){0} + lo), below = *v < (mo_f##L)low;   \
-    *v = (mo_f##L)((~below & (mo_i##L)*v) | (below & low));                        \
-    const mo_i##L high = (mo_i##L)((mo_f##L){0} + hi), above = *v > (mo_f##L)high; \
-    *v = (mo_f##L)((~above & (mo_i##L)*v) | (above & high));                       \
+/* s in every lane; s - 0 keeps the sign of a zero, 0 + s would not. */
+#define MO_SPREAD(L, s) ((s) - (MO_JOIN(mo_f, L)){0})
+
+#define MO_DEFINE_CLAMP(L)                                                      \
+  MO_INLINE void mo_clamp##L(mo_f##L *v, float lo, float hi) {                  \
+    const mo_i##L low = (mo_i##L)MO_SPREAD(L, lo), below = *v < (mo_f##L)low;   \
+    *v = (mo_f##L)((~below & (mo_i##L)*v) | (below & low));                     \
+    const mo_i##L high = (mo_i##L)MO_SPREAD(L, hi), above = *v > (mo_f##L)high; \
+    *v = (mo_f##L)((~above & (mo_i##L)*v) | (above & high));                    \
   }
 #if MO_LANES > 1
 MO_DEFINE_CLAMP(4)
@@ -152,6 +162,56 @@ MO_DEFINE_CLAMP(8)
 #endif
 #if MO_LANES > 8
 MO_DEFINE_CLAMP(16)
+#endif
+
+/* Vectors of floats as their bits, and back */
+#define MO_BITS(L, v) MO_JOIN(MO_BITS, L)(v)
+#define MO_BITS1(v) mo_bits1(v)
+#define MO_BITS4(v) ((mo_i4)(v))
+#define MO_BITS8(v) ((mo_i8)(v))
+#define MO_BITS16(v) ((mo_i16)(v))
+#define MO_FLOAT(L, v) MO_JOIN(MO_FLOAT, L)(v)
+#define MO_FLOAT1(v) mo_float1(v)
+#define MO_FLOAT4(v) ((mo_f4)(v))
+#define MO_FLOAT8(v) ((mo_f8)(v))
+#define MO_FLOAT16(v) ((mo_f16)(v))
+
+MO_INLINE int32_t mo_bits1(float value) {
+  union {
+    float value;
+    int32_t bits;
+  } u;
+  u.value = value;
+  return u.bits;
+}
+
+MO_INLINE float mo_float1(int32_t bits) {
+  union {
+    float value;
+    int32_t bits;
+  } u;
+  u.bits = bits;
+  return u.value;
+}
+
+/* Lane by lane, condition ? a : b.  The condition compares integers: with floats, gcc 12 for MVE
+   takes lane 0 alone. */
+#define MO_SELECT(L, condition, a, b) MO_JOIN(MO_SELECT, L)(L, condition, a, b)
+#define MO_SELECT1(L, condition, a, b) ((condition) ? (a) : (b))
+#define MO_SELECT4(L, condition, a, b) \
+  MO_FLOAT(L, ((condition)&MO_BITS(L, a)) | (~(condition)&MO_BITS(L, b)))
+#define MO_SELECT8 MO_SELECT4
+#define MO_SELECT16 MO_SELECT4
+
+#if defined(__GNUC__)
+MO_INLINE float mo_square_root(float x) { return __builtin_sqrtf(x); }
+#else
+/* Newton's iteration; from max(x, 1) it only falls, and stops at the root */
+MO_INLINE float mo_square_root(float x) {
+  float r = x > 1.0f ? x : 1.0f;
+  for (float next = 0.5f * (r + x / r); next < r; next = 0.5f * (r + x / r)) r = next;
+  return r;
+}
 #endif
 
 #if defined(__has_builtin) && MO_REGISTERS > 8

@@ -1,7 +1,10 @@
-/* Additions, copies, gathers. */
+/* Additions, products, copies, gathers. */
 #include <string.h>
 
 #include "mo_kernels.h"
+#include "mo_tile.h"
+
+#define VEC(L) MO_JOIN(mo_f, L)
 
 void mo_add(float *y, const float *a, const float *b, int32_t n, float lo, float hi) {
   for (int32_t i = 0; i < n; i++) {
@@ -9,6 +12,29 @@ void mo_add(float *y, const float *a, const float *b, int32_t n, float lo, float
     const float v = sum < lo ? lo : sum;
     y[i] = v > hi ? hi : v;
   }
+}
+
+void mo_mul(float *y, const float *a, const float *b, int32_t pixels, int32_t c,
+            int32_t b_pixels) {
+  const int32_t rows = b_pixels == pixels ? 1 : pixels, n = b_pixels == pixels ? pixels * c : c;
+#define BODY(L) MO_STORE(L, y + j, MO_LOAD(L, a + j) * MO_LOAD(L, b + j));
+  for (int32_t r = 0; r < rows; r++, y += n, a += n) {
+    int32_t j = 0;
+    MO_EACH(j, n, BODY)
+  }
+#undef BODY
+}
+
+void mo_mul_dgate(float *db, const float *dy, const float *a, int32_t pixels, int32_t c) {
+  int32_t j = 0;
+#define BODY(L)                                                                                \
+  {                                                                                            \
+    VEC(L) sum = {0};                                                                          \
+    for (int32_t i = j; i < pixels * c; i += c) sum += MO_LOAD(L, dy + i) * MO_LOAD(L, a + i); \
+    MO_STORE(L, db + j, sum);                                                                  \
+  }
+  MO_EACH(j, c, BODY)
+#undef BODY
 }
 
 void mo_copy_blocks(float *dst, int32_t dst_stride, const float *src, int32_t src_stride,

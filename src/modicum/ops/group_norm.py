@@ -1,0 +1,104 @@
+"""Group normalisation: mean and variance over the pixels and channels of each group of a sample.
+
+y = (x - mean) * rstd * weight + bias; with xhat = (x - mean) * rstd and g = dy * weight,
+dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), the means over the group; dweight = sum dy xhat.
+Unlike a batch norm's, its statistics depend on the input, so dx always needs the input.
+"""
+
+from __future__ import annotations
+
+from modicum.ops.base import Buf, Call, GradCall, Kept, Op, channels_last, count
+
+
+class GroupNorm(Op):
+    name = "group_norm"
+    roles = ("weight", "bias")
+    clamps = True
+
+    def shape(self, node, inputs, params):
+        channels, groups = inputs[0][1], node.attrs["groups"]
+        if len(inputs[0]) not in (2, 4) or groups < 1 or channels % groups:
+            raise ValueError(f"{groups} groups do not divide the channels of {inputs[0]}")
+        for role, name in node.params.items():
+            if params[name].shape != (channels,):
+                raise ValueError(f"{role} is {params[name].shape}, not ({channels},)")
+        return inputs[0]
+
+    def saved(self, graph, node, wanted):
+        if not wanted.dx[0] and "weight" not in wanted.params:
+            return ()
+        x = graph.values[node.inputs[0]]
+        return (
+            Kept("value", x.name, x.bytes, why="input, for the gradients through the statistics"),
+            Kept("stats", node.name, 8 * node.attrs["groups"], why="statistics of each group"),
+        )
+
+    def forward(self, node, x, p):
+        import torch.nn.functional as F
+
+        groups, eps = node.attrs["groups"], node.attrs["eps"]
+        return F.group_norm(x[0], groups, p.get("weight"), p.get("bias"), eps)
+
+    def forward_saving(self, node, x, p):
+        import torch
+
+        n, c = x[0].shape[:2]
+        groups, eps = node.attrs["groups"], node.attrs["eps"]
+        args = (n, c, x[0][0, 0].numel(), groups, eps)
+        y, mean, rstd = torch.ops.aten.native_group_norm(
+            x[0].contiguous(), p.get("weight"), p.get("bias"), *args
+        )
+        return y, torch.stack([mean, rstd])
+
+    def backward(self, node, dy, kept, p, wanted, x_shapes):
+        import torch
+
+        grads = {}
+        if not kept:
+            grads["bias"] = _sum(dy)
+        else:
+            x, (mean, rstd) = kept
+            n, c = x.shape[:2]
+            args = (n, c, x[0, 0].numel(), node.attrs["groups"])
+            mask = (wanted.dx[0], "weight" in wanted.params, "bias" in wanted.params)
+            dx, grads["weight"], grads["bias"] = torch.ops.aten.native_group_norm_backward(
+                dy.contiguous(), x.contiguous(), mean, rstd, p.get("weight"), *args, mask
+            )
+        picked = {
+            r: grads[r] if s.out is None else grads[r][list(s.out)]
+            for r, s in wanted.params.items()
+        }
+        return [dx if kept and wanted.dx[0] else None], picked
+
+    def inplace(self, graph, node):
+        return (0,)
+
+    def dx_inplace(self, graph, node, i):
+        return True
+
+    def c_forward(self, f):
+        return self.c_forward_saving(f, None)
+
+    def c_forward_saving(self, f, aux):
+        p = f.params
+        args = (Buf(f.y, "w"), Buf(f.x[0]), p.get("weight"), p.get("bias"), aux)
+        shape = (*channels_last(f.out_shape), f.node.attrs["groups"], float(f.node.attrs["eps"]))
+        return [Call("mo_group_norm_forward", (*args, *shape, *f.clamp))]
+
+    def c_dx(self, b, i):
+        args = (Buf(b.dx, "w"), Buf(b.dy), Buf(b.kept[0]), b.params.get("weight"), Buf(b.kept[1]))
+        shape = (*channels_last(b.out_shape), b.node.attrs["groups"])
+        return Call("mo_group_norm_dx", (*args, *shape))
+
+    def c_grad(self, b, role, s, grad, acc):
+        pixels, c = channels_last(b.out_shape)
+        if role == "bias":
+            n = count(s.out, c)
+            return GradCall((Call("mo_bias_grad", (grad, Buf(b.dy), pixels, n, int(acc))),), 1, n)
+        args = (grad, Buf(b.dy), Buf(b.kept[0]), Buf(b.kept[1]), pixels, c)
+        call = Call("mo_group_norm_dgamma", (*args, b.node.attrs["groups"], int(acc)))
+        return GradCall((call,), 1, c)
+
+
+def _sum(t):
+    return t.sum([d for d in range(t.dim()) if d != 1])

@@ -1,0 +1,62 @@
+"""Labelled images from outside: load, check, split, and make batches of them.  Torch-free.
+
+The public names, and nothing else, are for other modules::
+
+    load(source, *, class_level=1, classes=None, group=None, ignore=(), shrink=None,
+         keep_bytes=1 << 30, layout=None) -> Labelled
+    check(dataset, progress=None) -> None          # decodes every image, lists the broken ones
+    same_classes(train, test) -> None
+
+    Labelled: .labels (n,) int64   .classes tuple[str, ...]   .group tuple[str, ...] | None
+              .names tuple[str, ...]   .counts (classes,) int64   len()   .image(i) (h, w, c)
+              .subset(indices) -> Labelled
+
+    split(dataset, parts, *, seed=0, stratified=True, by_group=False) -> tuple[Labelled, ...]
+
+    Preprocess(size, mean, std, resize=None, interpolation="bilinear")   .shape == (c, h, w)
+    Augment(crop="resized", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), pad=4, flip=True)
+
+    batches(dataset, preprocess, batch, *, seed=0, epoch=0, augment=None, shuffle=True,
+            drop_last=False, start=0) -> Iterator[tuple[x, y]]          # one epoch
+    steps(dataset, batch, *, drop_last=False) -> int
+    Stream(dataset, preprocess, batch, *, seed=0, epochs=None, augment=None, shuffle=True,
+           drop_last=False, at=Position())          # many epochs; .at is where to go on
+    Position(epoch=0, step=0)                                           # plain data, JSON
+    take(dataset, preprocess, indices, *, seed=0, epoch=0, augment=None) -> tuple[x, y]
+    arrays(dataset, preprocess) -> tuple[x, y]                          # whole, in order
+
+x is float32 (b, c, h, w), y is int64 (b,): numpy arrays, which `torch.from_numpy` wraps without
+a copy.  Whatever is broken in what comes from outside raises `modicum.errors.InvalidInput`.
+"""
+
+from __future__ import annotations
+
+from modicum.tasks.batching import (
+    Augment,
+    Position,
+    Preprocess,
+    Stream,
+    arrays,
+    batches,
+    steps,
+    take,
+)
+from modicum.tasks.labelled import Labelled, check, same_classes
+from modicum.tasks.reading import load
+from modicum.tasks.splitting import split
+
+__all__ = [
+    "Augment",
+    "Labelled",
+    "Position",
+    "Preprocess",
+    "Stream",
+    "arrays",
+    "batches",
+    "check",
+    "load",
+    "same_classes",
+    "split",
+    "steps",
+    "take",
+]
