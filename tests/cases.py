@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import modicum as mo
 from modicum.graph import Graph
-from modicum.methods import Bias, Explicit, Full, Last, Method
+from modicum.lite import StandardisedConv2d, add_lite_residuals
+from modicum.methods import Bias, Blocks, Explicit, Full, Last, Method, MobileTL, Norm, TinyTL
 from modicum.optim import SGD, Adam
 from modicum.plan import Plan
 
@@ -64,6 +65,70 @@ def _mobile() -> nn.Module:
     stem = seq(nn.Conv2d(3, 5, 3, 2, 1, bias=False), nn.BatchNorm2d(5), nn.ReLU6(inplace=True))
     mix = seq(nn.Conv2d(5, 7, 1), nn.ReLU6())
     return Fn(forward, stem=stem, block=block, mix=mix, head=nn.Linear(7, 4))
+
+
+def inverted(inp: int, out: int, stride: int = 1) -> nn.Module:
+    """An inverted residual block that is a module, as in MobileNetV2."""
+    wide = 2 * inp
+    body = seq(
+        *(nn.Conv2d(inp, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6()),
+        *(nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False), nn.BatchNorm2d(wide)),
+        *(nn.ReLU6(), nn.Conv2d(wide, out, 1, bias=False), nn.BatchNorm2d(out)),
+    )
+    if stride > 1 or inp != out:
+        return body
+    return Fn(lambda m, x: x + m.body(x), body=body)
+
+
+def _lite() -> nn.Module:
+    """Lite residuals over maps of 7x6, 4x3 (strided) and 2x2 (a global mean) pixels."""
+    stem = seq(nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU6())
+    blocks = seq(inverted(6, 6), inverted(6, 8, 2), inverted(8, 8, 2), inverted(8, 8))
+    net = seq(stem, blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return add_lite_residuals(net, torch.zeros(1, 3, 13, 11))
+
+
+def _gated() -> nn.Module:
+    """Two inverted residual blocks with gates and hard swishes, as in MobileNetV3."""
+
+    def forward(m: Fn, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        for block in (m.block, m.last):
+            y = block[1](block[0](x))
+            y = y * block[2](y)  # squeeze and excite
+            x = x + block[3](y)
+        return m.head(m.mix(x).mean([2, 3]))
+
+    def norm(conv: nn.Module, act: type[nn.Module] | None = nn.Hardswish) -> nn.Module:
+        return seq(conv, nn.BatchNorm2d(conv.out_channels), *([act()] if act else []))
+
+    def block(gate: type[nn.Module]) -> nn.Module:
+        squeeze = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(9, 3, 1), nn.ReLU(), nn.Conv2d(3, 9, 1))
+        return seq(
+            norm(nn.Conv2d(5, 9, 1, bias=False)),
+            norm(nn.Conv2d(9, 9, 3, 1, 1, groups=9)),
+            seq(*squeeze, gate()),
+            norm(nn.Conv2d(9, 5, 1, bias=False), None),
+        )
+
+    stem = norm(nn.Conv2d(3, 5, 3, 2, 1, bias=False), nn.SiLU)
+    mix = norm(nn.Conv2d(5, 7, 1), nn.ReLU6)
+    head = nn.Linear(7, 4)
+    blocks = {"block": block(nn.Sigmoid), "last": block(nn.Hardsigmoid)}
+    return Fn(forward, stem=stem, mix=mix, head=head, **blocks)
+
+
+def _curves(m: Fn, x: Tensor) -> Tensor:
+    x = F.silu(m.a(x))
+    x = F.interpolate(x, scale_factor=2, mode="nearest") * F.hardswish(
+        m.b(F.interpolate(x, (8, 6)))
+    )
+    x = F.interpolate(m.group(x), (5, 9), mode="bilinear") * torch.sigmoid(
+        m.c(x).mean((2, 3), True)
+    )
+    x = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=True)
+    x = m.plain(F.hardsigmoid(x) * x).flatten(1)
+    return m.head(F.relu6(m.flat(m.wide(x))) * m.wide(x))
 
 
 def _residuals(m: Fn, x: Tensor) -> Tensor:
@@ -170,6 +235,11 @@ NETS: dict[str, Net] = {
                               d=nn.Conv2d(10, 10, (1, 3), groups=10), e=nn.Linear(20, 5),
                               head=nn.Linear(25, 4)), (2, 5, 6)),
     "mobile": Net(_mobile, (3, 9, 8)),
+    "gated": Net(_gated, (3, 9, 8)),
+    "curves": Net(lambda: Fn(_curves, a=nn.Conv2d(2, 6, 1), b=nn.Conv2d(6, 6, 3, padding=1),
+                             c=nn.Conv2d(6, 6, 1), group=nn.GroupNorm(2, 6),
+                             plain=nn.GroupNorm(3, 6, affine=False), wide=nn.Linear(48, 10),
+                             flat=nn.GroupNorm(5, 10), head=nn.Linear(10, 4)), (2, 4, 3)),
     "one input": Net(lambda: Fn(_branches_of_one_input, a=nn.Conv2d(6, 5, 1),
                                 b=nn.Conv2d(6, 5, 3, padding=1), head=nn.Linear(5, 3)), (6, 4, 5)),
     "views": Net(lambda: Fn(_views, conv=nn.Conv2d(2, 6, 2), rows=nn.Linear(12, 5),
@@ -184,6 +254,14 @@ NETS: dict[str, Net] = {
                                                              nn.Conv2d(4, 4, 3, padding=1)),
                                     conv_1=nn.Conv2d(2, 4, 3, padding=1),
                                     head=nn.Linear(4, 3)), (2, 4, 5)),
+    "lite": Net(_lite, (3, 13, 11)),
+    "standardised": Net(lambda: seq(StandardisedConv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6),
+                                    nn.ReLU(), StandardisedConv2d(6, 6, 3, 2, 1, groups=6),
+                                    nn.GroupNorm(2, 6), nn.ReLU(),
+                                    StandardisedConv2d(6, 8, (1, 3), groups=2), nn.ReLU6(),
+                                    StandardisedConv2d(8, 40, 3, padding=1),  # in two blocks
+                                    nn.GroupNorm(5, 40), nn.Flatten(), nn.Linear(160, 4)),
+                        (3, 6, 9)),
 }  # fmt: skip
 
 
@@ -258,6 +336,20 @@ CASES: list[Case] = [
     only("scale", "norms", {"0.weight": None, "2.weight": {"out": (0, 5)}, "10.weight": None}),
     only("shift", "norms", {"0.bias": {"out": (1,)}, "2.bias": None, "10.*": {"out": (2, 3)}}),
     only("under a norm", "mobile", {"stem.0.weight": None, "block.3.weight": None}),
+    # norms with batch statistics, activations with sign masks
+    Case("gated", MobileTL(blocks=1), note="MobileTL"),
+    Case("gated", MobileTL(blocks=2, last_norm="batch"), MOMENTUM, note="MobileTL batch"),
+    Case("gated", MobileTL(blocks=2, shift_only=False), note="sign only"),
+    Case("gated", MobileTL(blocks=2, sign_backward=False), ADAM, 3, note="shift only"),
+    Case("gated", Blocks(blocks=1), note="block batch"),
+    Case("gated", Blocks(blocks=2, norms="affine"), ADAM, 3, note="blocks affine"),
+    Case("gated", Norm(), note="norms"),
+    Case("mobile", MobileTL(blocks=1), MOMENTUM, 2, note="MobileTL"),
+    Case("mobile", MobileTL(blocks=1, last_norm="batch"), note="MobileTL batch"),
+    Case("mobile", Full(norms="batch"), ADAM, 3, note="batch"),
+    Case("norms", Norm(head=0), note="norms"),
+    Case("mobile", Explicit(params={"*.bias": None}, sign=("*",)), note="masks of signs"),
+    Case("gated", Explicit(params={"*.bias": None}, sign=("*",)), note="masks of signs"),
     # optimisers and accumulation
     *(Case(net, Full(), MOMENTUM) for net in ("mlp", "conv", "norms")),
     Case("mlp", Full(), SGD(lr=0.05, weight_decay=0.1), note="decay"),
@@ -273,6 +365,12 @@ CASES: list[Case] = [
                               "block.*": {"out": (1,)}, "head.*": {"inp": (0, 6)}},
          optimizer=MOMENTUM),
     only("slices", "views", {"*": {"out": (0, 2), "inp": (0, 1)}}, optimizer=ADAM),
+    # lite residual modules, and the standardised weights in them
+    Case("lite", TinyTL(mode="lite"), SGD(lr=0.01), note="lite"),
+    Case("lite", TinyTL(), ADAM, 3, note="lite and bias"),
+    Case("lite", TinyTL(mode="bias"), note="backbone bias"),
+    Case("standardised", Full(), MOMENTUM, 3),
+    only("frozen below", "standardised", {"6.weight": None, "4.*": None}),
     # boards
     Case("mobile", Full(), board="nano33ble"),
     Case("conv", Bias(), ADAM, board="stm32f746"),

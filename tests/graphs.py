@@ -152,6 +152,9 @@ def _conv(draw: st.DrawFn, b: Builder, x: str) -> str:
     params = {"weight": (out, c // groups, kh, kw)}
     if draw(st.booleans()):
         params["bias"] = (out,)
+    more = {}
+    if c // groups * kh * kw > 2 and not draw(st.integers(0, 2)):  # two entries become -1 and 1
+        more["standardise"] = draw(st.sampled_from([1e-5, 1e-3, 0.1]))
     return b.add(
         "conv2d",
         x,
@@ -160,6 +163,7 @@ def _conv(draw: st.DrawFn, b: Builder, x: str) -> str:
         padding=tuple(draw(st.integers(0, 2)) for _ in range(4)),
         dilation=(draw(st.integers(1, 2)), draw(st.integers(1, 2))),
         groups=groups,
+        **more,
     )
 
 
@@ -333,7 +337,9 @@ def _batch_scale(graph: Graph, param: str, batch: set[str]) -> bool:
 
 def _slices(graph: Graph, name: str) -> st.SearchStrategy[Slice]:
     shape = graph.params[name].shape
-    ((node, _),) = graph.users_of(name)
+    ((node, role),) = graph.users_of(name)
+    if role == "weight" and node.attrs.get("standardise"):
+        return st.just(Slice())
     inp = st.none()
     if len(shape) > 1 and node.attrs.get("groups", 1) == 1:
         inp = _channels(shape[1])
@@ -376,3 +382,12 @@ def explicit(selection: Selection) -> Explicit:
         batch_norms=selection.batch_norms,
         sign=selection.sign,
     )
+
+
+def renamed(selection: Selection, graph: Graph, captured: Graph) -> Selection:
+    """The selection with the names that capture gives to the same norms and activations."""
+    ops = ("batch_norm", "clamp", "hardswish", "silu")
+    there, here = ([n.name for n in g.nodes if n.op in ops] for g in (captured, graph))
+    names = dict(zip(here, there, strict=True))
+    norms, sign = (tuple(names[n] for n in x) for x in (selection.batch_norms, selection.sign))
+    return selection.model_copy(update={"batch_norms": norms, "sign": sign})

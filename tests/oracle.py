@@ -94,8 +94,11 @@ def run_node(
                 padding, image = (top, left), x[0]
             else:
                 padding, image = (0, 0), F.pad(x[0], (left, right, top, bottom))
+            w = p["weight"]
+            if "standardise" in a:
+                w = F.layer_norm(w, w.shape[1:], None, None, a["standardise"])
             return F.conv2d(
-                image, p["weight"], p.get("bias"), a["stride"], padding, a["dilation"], a["groups"]
+                image, w, p.get("bias"), a["stride"], padding, a["dilation"], a["groups"]
             )
         case "linear":
             return F.linear(x[0], p["weight"], p.get("bias"))
@@ -207,6 +210,9 @@ def in_double(tuned: Tuned, model: nn.Module) -> Tuned:
 def derived(kind: str, eps: float, fill: float, s: Mapping[str, Tensor]) -> Tensor:
     if kind == "full":
         return torch.tensor(fill, dtype=torch.float64)
+    if kind == "standardise":
+        var, mean = torch.var_mean(s["weight"], (1, 2, 3), correction=0, keepdim=True)
+        return (s["weight"] - mean) / (var + eps).sqrt()
     scale = s.get("bn_weight", torch.ones(())) / (s["bn_var"] + eps).sqrt()
     if kind == "rstd":
         return 1.0 / (s["bn_var"] + eps).sqrt()
@@ -222,14 +228,16 @@ def cut(t: Tensor, s: Slice) -> Tensor:
     return t if s.inp is None else t[:, list(s.inp)]
 
 
-def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, str]:
+def difference(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], floor: float = 1e-6
+) -> tuple[float, str]:
     """The largest difference relative to the tensor's largest magnitude, and where."""
     assert a.keys() == b.keys()
     worst = (0.0, "")
     for name, p in a.items():
         q = b[name]
         assert p.shape == q.shape, name
-        scale = max(float(p.abs().max()), float(q.abs().max()), 1e-6)
+        scale = max(float(p.abs().max()), float(q.abs().max()), floor)
         worst = max(worst, (float((p.double() - q.double()).abs().max()) / scale, name))
     return worst
 

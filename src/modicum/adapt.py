@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,17 +19,29 @@ from modicum.data import Data, check_data
 from modicum.errors import InvalidInput, UsageError
 from modicum.optim import SGD, Adam
 from modicum.plan import Plan
+from modicum.tasks import Labelled, Preprocess, Stream, batches
 from modicum.trace import Trace
+
+Schedule = Literal["constant", "cosine"]
+Held = Data | tuple[Labelled, Preprocess]
+EPOCHS = 10
+EVALUATED = 32
+"""Images of a dataset that are predicted together."""
+
+
+class Diverged(InvalidInput):
+    """The loss became infinite or no number."""
 
 
 def adapt(
     model: nn.Module,
     plan: Plan,
-    data: Data,
+    data: Data | Stream,
     *,
-    epochs: int = 10,
-    test: Data | None = None,
+    epochs: int | None = None,
+    test: Held | None = None,
     seed: int = 0,
+    schedule: Schedule = "constant",
     micro_batch: int = 1,
     record: bool = False,
     progress: bool = False,
@@ -35,71 +49,175 @@ def adapt(
 ) -> Trace:
     """Train under a plan and return the Trace; `model` is left alone.
 
-    `data` and `test` are (inputs (n, ...), labels (n,)), or targets (n, outputs) for mse.  Each
-    epoch visits all samples in a new order drawn from `seed`; an update follows every
+    `data` and `test` are (inputs (n, ...), labels (n,)), or targets (n, outputs) for mse.  Each of
+    the `epochs` (10) visits all samples in a new order drawn from `seed`; an update follows every
     ``plan.accumulate`` samples.  One sample at a time passes through the network, as on a board,
-    so that memory is what the plan says; `micro_batch` > 1 trades memory for speed.  With
-    `record` the trace holds every trained slice after every step.  ``trace.state`` holds what
-    was learned.  Raises InvalidInput for data that does not fit the plan or is not finite.
+    so that memory is what the plan says; `micro_batch` > 1 trades memory for speed.
+
+    `data` may also be a `tasks.Stream` of ``plan.accumulate`` augmented samples, whose batches
+    pass at once and are followed by an update each; epochs and seed are then the stream's.  `test`
+    may be a dataset with its Preprocess, which is read in batches.
+
+    The learning rate follows `schedule` over all updates: "cosine" is
+    ``lr (1 + cos(pi t / T)) / 2`` in update t = 0 .. T-1.  With `record` the trace holds every
+    trained slice after every step.  ``trace.state`` holds what was learned.  Raises InvalidInput
+    for data that does not fit the plan or is not finite, UsageError for a stream of other batches.
     """
+    passes = _passes(plan, data, epochs, seed, micro_batch)
+    tuned = apply(model, plan)
+    before = None if test is None else evaluate(tuned, test)
+    trace = train_passes(tuned, passes, schedule, record=record, progress=progress, on_step=on_step)
+    if test is not None and before is not None:
+        after = evaluate(tuned, test)
+        trace.logits_before, trace.logits_after = before[0], after[0]
+        trace.accuracy_before = accuracy(plan, *before)
+        trace.accuracy_after = accuracy(plan, *after)
+    return trace
+
+
+def train_passes(
+    tuned: Tuned,
+    passes: Passes,
+    schedule: Schedule = "constant",
+    *,
+    record: bool = False,
+    progress: bool = False,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Trace:
+    """Train what `apply` made, in place, with all passes; the Trace has no predictions."""
+    if schedule not in get_args(Schedule):
+        raise UsageError(f"no schedule is called {schedule!r}", hint=", ".join(get_args(Schedule)))
+    trace = Trace("torch", tuned.plan.hash, passes.seed, order=passes.order)
+    recorded: dict[str, list[Any]] = {name: [] for name in tuned.moving}
+    took = []
+    start = time.perf_counter()
+    with _bar(progress, passes.samples) as advance:
+        for losses, seconds in _train(tuned, passes, schedule):
+            took.append(seconds)
+            for loss in losses:
+                trace.losses.append(loss)
+                if record:
+                    for name, p in tuned.moving.items():
+                        recorded[name].append(p.detach().cpu().numpy().copy())
+                if on_step is not None:
+                    on_step(len(trace.losses) - 1, loss)
+                advance()
+    trace.figures["seconds"] = time.perf_counter() - start
+    if took:
+        trace.figures["seconds_per_step"] = float(np.median(took))
+    if record:
+        trace.tensors = {name: np.stack(values) for name, values in recorded.items() if values}
+    trace.state = {name: t.cpu().numpy() for name, t in tuned.learned().items()}
+    return trace
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What goes through the network: `each()` yields (x, y, by, last), in order.
+
+    The losses of the samples x, y are divided by `by`, and an update follows where `last`.
+    `samples` and `updates` say how many there will be, `order` which samples, where it is known.
+    """
+
+    each: Callable[[], Iterator[tuple[Tensor, Tensor, int, bool]]]
+    samples: int
+    updates: int
+    seed: int
+    order: list[int]
+
+
+def passes_of_samples(
+    plan: Plan, data: Data, epochs: int = EPOCHS, seed: int = 0, micro_batch: int = 1
+) -> Passes:
+    """Samples in an order drawn from the seed; an update after every ``plan.accumulate``."""
     if epochs < 0 or micro_batch < 1:
         raise UsageError(
             f"cannot train for {epochs} epochs in micro-batches of {micro_batch}",
             hint="epochs from 0 and micro_batch from 1 on",
         )
     x, y = _tensors(plan, data)
-    checked = None if test is None else _tensors(plan, test)
-    tuned = apply(model, plan)
-    x, y = x.to(_device(tuned)), y.to(_device(tuned))
-    trace = Trace(where="torch", plan_hash=plan.hash, seed=seed)
-    if checked is not None:
-        trace.logits_before = predict(tuned, checked[0])
-        trace.accuracy_before = accuracy(plan, trace.logits_before, checked[1])
     rng = np.random.default_rng(seed)
-    trace.order = [int(i) for _ in range(epochs) for i in rng.permutation(len(x))]
-    recorded: dict[str, list[Any]] = {name: [] for name in tuned.moving}
-    start = time.perf_counter()
-    with _bar(progress, len(trace.order)) as advance:
-        for i, loss in _train(tuned, plan, x, y, trace.order, micro_batch):
-            trace.losses.append(loss)
-            if record:
-                for name, p in tuned.moving.items():
-                    recorded[name].append(p.detach().cpu().numpy().copy())
-            if on_step is not None:
-                on_step(i, loss)
-            advance()
-    trace.figures["seconds"] = time.perf_counter() - start
-    if record:
-        trace.tensors = {name: np.stack(values) for name, values in recorded.items() if values}
-    if checked is not None:
-        trace.logits_after = predict(tuned, checked[0])
-        trace.accuracy_after = accuracy(plan, trace.logits_after, checked[1])
-    trace.state = {name: t.cpu().numpy() for name, t in tuned.learned().items()}
-    return trace
+    order = [int(i) for _ in range(epochs) for i in rng.permutation(len(x))]
+
+    def each() -> Iterator[tuple[Tensor, Tensor, int, bool]]:
+        done = 0
+        while done < len(order):
+            room = plan.accumulate - done % plan.accumulate
+            rows = order[done : done + min(room, micro_batch)]
+            done += len(rows)
+            yield x[rows], y[rows], plan.accumulate, done % plan.accumulate == 0
+
+    return Passes(each, len(order), len(order) // plan.accumulate, seed, order)
 
 
-def _train(
-    tuned: Tuned, plan: Plan, x: Tensor, y: Tensor, order: list[int], micro_batch: int
-) -> Any:
-    """Yield (step, loss) per sample; the update of a sample has happened when it is yielded."""
+def passes_of_stream(plan: Plan, stream: Stream) -> Passes:
+    """Each batch at once, followed by an update with the mean of its own gradients."""
+    if stream.batch != plan.accumulate:
+        raise UsageError(
+            f"the stream has batches of {stream.batch}, the plan accumulates {plan.accumulate}",
+            why="a board takes the samples of an update one by one, so the two are the same number",
+            hint=f"plan(..., accumulate={stream.batch}), or a stream of batch {plan.accumulate}",
+        )
+    if stream.epochs is None:
+        raise UsageError("the stream never ends", hint="Stream(..., epochs=10)")
+
+    def each() -> Iterator[tuple[Tensor, Tensor, int, bool]]:
+        for batch in stream:
+            x, y = _tensors(plan, batch)
+            yield x, y, len(x), True
+
+    at = stream.at
+    updates = max(0, (stream.epochs - at.epoch) * stream.steps - at.step)
+    return Passes(each, updates * stream.batch, updates, stream.seed, [])
+
+
+def _passes(
+    plan: Plan, data: Data | Stream, epochs: int | None, seed: int, micro_batch: int
+) -> Passes:
+    if not isinstance(data, Stream):
+        return passes_of_samples(
+            plan, data, EPOCHS if epochs is None else epochs, seed, micro_batch
+        )
+    if epochs is not None or seed or micro_batch != 1:
+        raise UsageError(
+            "epochs, seed and micro_batch do not go with a stream",
+            hint="Stream(..., batch, epochs=..., seed=...)",
+        )
+    return passes_of_stream(plan, data)
+
+
+def _train(tuned: Tuned, passes: Passes, schedule: Schedule) -> Iterator[tuple[list[float], float]]:
+    """Yield (losses of the samples, seconds) per pass; its update has happened by then."""
+    plan, device = tuned.plan, _device(tuned)
     optimizer = torch_optimizer(plan.optimizer, tuned, plan)
+    rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.zero_grad(set_to_none=True)
-    done = 0
-    while done < len(order):
-        room = plan.accumulate - done % plan.accumulate
-        rows = order[done : done + min(room, micro_batch)]
-        losses = sample_losses(plan, tuned(x[rows]), y[rows])
+    tuned.train()
+    samples = updates = 0
+    for x, y, by, last in passes.each():
+        start = time.perf_counter()
+        losses = sample_losses(plan, tuned(x.to(device)), y.to(device))
         if not bool(torch.isfinite(losses).all()):
-            raise InvalidInput(
-                f"the loss is not finite at step {done}", hint="a smaller learning rate"
+            raise Diverged(
+                f"the loss is not finite at step {samples}", hint="a smaller learning rate"
             )
-        (losses.sum() / plan.accumulate).backward()
-        if (done + len(rows)) % plan.accumulate == 0:
+        (losses.sum() / by).backward()
+        if last:
+            factor = rate_factor(schedule, updates, passes.updates)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for i, loss in enumerate(losses.tolist()):
-            yield done + i, loss
-        done += len(rows)
+            updates += 1
+        samples += len(x)
+        yield losses.tolist(), time.perf_counter() - start
+
+
+def rate_factor(schedule: Schedule, update: int, updates: int) -> float:
+    """What the learning rate is multiplied with in an update, counted from 0."""
+    if schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * update / updates)) / 2
 
 
 def sample_losses(plan: Plan, logits: Tensor, y: Tensor) -> Tensor:
@@ -120,6 +238,20 @@ def torch_optimizer(config: SGD | Adam, tuned: Tuned, plan: Plan) -> torch.optim
     return torch.optim.SGD(
         groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
+
+
+def evaluate(tuned: Tuned, held: Held) -> tuple[Any, Any]:
+    """(outputs, labels or targets) of held-out samples, as numpy arrays."""
+    first, second = held
+    if not isinstance(first, Labelled):
+        x, y = _tensors(tuned.plan, (first, second))
+        return predict(tuned, x), y.numpy()
+    outputs, labels = [], []
+    for batch in batches(first, second, EVALUATED, shuffle=False):
+        x, y = _tensors(tuned.plan, batch)
+        outputs.append(predict(tuned, x))
+        labels.append(y.numpy())
+    return np.concatenate(outputs), np.concatenate(labels)
 
 
 def predict(module: nn.Module, x: Tensor, batch: int = 256) -> Any:

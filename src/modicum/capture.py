@@ -95,6 +95,7 @@ class _Reader:
         self.params: dict[str, Param] = {}
         self.alias: dict[str, str] = {}  # fx name -> value name
         self.pads: dict[str, tuple[str, tuple[int, int, int, int]]] = {}
+        self.standardised: dict[str, tuple[Any, float]] = {}  # fx name -> weight, eps
         self.state_names: dict[str, str] = {}  # fx placeholder -> state dict key
         self.problems: list[str] = []
 
@@ -156,10 +157,14 @@ class _Reader:
 
     def value(self, fx: Any) -> str:
         """The name of the value behind an argument that is a tensor."""
-        name = self.alias.get(getattr(fx, "name", ""))
+        fx_name = getattr(fx, "name", "")
+        name = self.alias.get(fx_name)
         if name is None:
-            pad = self.pads.get(getattr(fx, "name", ""))
-            why = "padding that is not followed by a convolution" if pad else "a constant operand"
+            why = "a constant operand"
+            if fx_name in self.pads:
+                why = "padding that is not followed by a convolution"
+            elif fx_name in self.standardised:
+                why = "a layer norm of a parameter that is not a convolution's weight"
             raise _Unsupported(why)
         return name
 
@@ -258,6 +263,7 @@ def _conv2d(r: _Reader, fx: Any) -> None:
         ("dilation", 1), ("groups", 1),
     )  # fmt: skip
     kernel = tuple(weight.meta["val"].shape)[2:]
+    weight, eps = r.standardised.get(getattr(weight, "name", ""), (weight, 0.0))
     dilation = _pair(dilation)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -282,6 +288,7 @@ def _conv2d(r: _Reader, fx: Any) -> None:
         padding=pads,
         dilation=dilation,
         groups=int(groups),
+        **({"standardise": eps} if eps else {}),
     )
 
 
@@ -341,6 +348,22 @@ def _group_norm(r: _Reader, fx: Any) -> None:
     )
     params = {"weight": weight, "bias": bias}
     r.add(fx, "group_norm", [r.value(x)], params, groups=int(groups), eps=float(eps))
+
+
+def _layer_norm(r: _Reader, fx: Any) -> None:
+    """Of a convolution's weight over all but its first dimension: a standardised weight."""
+    x, over, weight, bias, eps = _args(
+        fx, ("input", None), ("normalized_shape", ()), ("weight", None), ("bias", None),
+        ("eps", 1e-5),
+    )  # fmt: skip
+    if getattr(x, "name", "") not in r.state_names:
+        raise _Unsupported("only of a convolution's weight; images have group norms")
+    shape = tuple(x.meta["val"].shape)
+    if len(shape) != 4 or tuple(over) != shape[1:] or weight is not None or bias is not None:
+        raise _Unsupported("of a weight only per output channel, without scale and shift")
+    if not eps > 0:
+        raise _Unsupported("of a weight only with an eps above 0")
+    r.standardised[fx.name] = (x, float(eps))
 
 
 def _getitem(r: _Reader, fx: Any) -> None:
@@ -491,6 +514,7 @@ READERS: dict[str, Reader] = {
     "batch_norm": _batch_norm,
     "_native_batch_norm_legit_no_training": _batch_norm,
     "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
     "getitem": _getitem,
     "relu": _clamp(0.0, None),
     "relu6": _clamp(0.0, 6.0),

@@ -6,13 +6,15 @@ fit, 4 unsupported operator, 5 parity mismatch, 70 a bug of ours.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from modicum.errors import Bug, InvalidInput, ModicumError, ParityError, UsageError
 
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
 
     from modicum.methods import Method
     from modicum.optim import SGD, Adam
+    from modicum.plan import Plan
+    from modicum.tasks import Augment, Preprocess
+
+    Shape = tuple[int, ...]
+
+
+class Command(TyperCommand):
+    """A command whose help is plain text: typer escapes brackets for rich even without it."""
+
+    def get_help(self, ctx: Any) -> str:
+        return super().get_help(ctx).replace("\\[", "[")
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,64 +45,97 @@ app = typer.Typer(
     help="Train models on devices that barely have room to run them: "
     "plan what to update on a board, adapt in PyTorch or emit C and run it, report.",
 )
+command = functools.partial(app.command, cls=Command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and only it.")]
 ModelArg = Annotated[
     str, typer.Argument(help="path/to/file.py:factory, or a name from `modicum models`.")
 ]
 Weights = Annotated[
-    Path | None, typer.Option(help="State dict to load: .pt (weights only) or .safetensors.")
+    Path | None,
+    typer.Option(help="Weights to load: .pt, .safetensors, or int8 .npz with a table."),
 ]
+Input = Annotated[str, typer.Option(help="Shape of one input, such as 1x3x96x96.")]
+BoardName = Annotated[str, typer.Option(help="A board's name, or a TOML file of your own.")]
+OptimizerName = Annotated[str, typer.Option(help="sgd or adam.")]
+Momentum = Annotated[float, typer.Option(help="Momentum (sgd).")]
+WeightDecay = Annotated[float, typer.Option(help="L2 penalty.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan made by `modicum plan`.")]
 DataFile = Annotated[
-    Path | None, typer.Option("--data", help="Training samples: .npz with x (n, ...) and y (n,).")
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Training samples: .npz with x (n, ...) and y (n,), or a folder or zip of images.",
+    ),
 ]
 TestFile = Annotated[Path | None, typer.Option("--test", help="Test samples, as --data.")]
+Mean = Annotated[
+    str, typer.Option(help="Mean of each channel, for images from 0 to 1: 0.5,0.5,0.5.")
+]
+Std = Annotated[str, typer.Option(help="What each channel is divided by after that.")]
 
 
-@app.command()
+def _version(show: bool) -> None:
+    if show:
+        from modicum import __version__
+
+        print(f"modicum {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _modicum(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@command()
 def plan(
     model: ModelArg,
-    input: Annotated[str, typer.Option(help="Shape of one input, such as 1x3x96x96.")] = "",
-    board: Annotated[str, typer.Option(help="A board's name, or a TOML file of your own.")] = "",
+    input: Input = "",
+    board: BoardName = "",
     method: Annotated[
-        str, typer.Option(help="What to update: full, last, bias, explicit, or a JSON file.")
+        str,
+        typer.Option(help="What to update: a name of `modicum methods`, last:n=3, a JSON file."),
     ] = "full",
     set: Annotated[list[str] | None, typer.Option(help="A field of the method: --set n=3.")] = None,
-    optimizer: Annotated[str, typer.Option(help="sgd or adam.")] = "sgd",
+    optimizer: OptimizerName = "sgd",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.01,
-    momentum: Annotated[float, typer.Option(help="Momentum (sgd).")] = 0.0,
-    weight_decay: Annotated[float, typer.Option(help="L2 penalty.")] = 0.0,
+    momentum: Momentum = 0.0,
+    weight_decay: WeightDecay = 0.0,
     loss: Annotated[str, typer.Option(help="cross_entropy or mse.")] = "cross_entropy",
-    accumulate: Annotated[int, typer.Option(help="Samples per update.")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Samples per update.")] = 1,
     ram: Annotated[str, typer.Option(help="RAM limit instead of the board's, as 200KB.")] = "",
     flash: Annotated[str, typer.Option(help="Flash limit instead of the board's.")] = "",
+    classes: Annotated[
+        int | None, typer.Option(min=1, help="Outputs of a named model, if not its own number.")
+    ] = None,
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Decide what to update on a board, and prove that it fits."""
     from modicum.capture import capture
+    from modicum.lite import prepare_model
     from modicum.plan import plan as make
     from modicum.units import parse_size
 
-    net, example = _load_model(model, weights, input)
-    made = make(
-        capture(net, example),
-        _board(board),
-        _method(method, set or []),
-        _optimizer(optimizer, lr, momentum, weight_decay),
-        loss=_choice(loss, "loss", ("cross_entropy", "mse")),
-        accumulate=accumulate,
-        ram=parse_size(ram) if ram else None,
-        flash=parse_size(flash) if flash else None,
-    )
+    target, chosen = _board(board), _method(method, set or [])
+    trained = _optimizer(optimizer, lr, momentum, weight_decay)
+    known = _choice(loss, "loss", ("cross_entropy", "mse"))
+    limits = {k: parse_size(v) if v else None for k, v in (("ram", ram), ("flash", flash))}
+    net, example = _load_model(model, weights, input, classes)
+    graph = capture(prepare_model(net, example, chosen), example)
+    made = make(graph, target, chosen, trained, loss=known, accumulate=accumulate, **limits)
     if out is not None:
         made.save(out)
     _show(as_json, {**made.model_dump(mode="json"), "hash": made.hash}, str(made))
 
 
-@app.command()
+@command()
 def adapt(
     model: ModelArg,
     plan: PlanFile,
@@ -96,7 +143,12 @@ def adapt(
     test: TestFile = None,
     epochs: Annotated[int, typer.Option(help="Passes over the samples.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the order of the samples.")] = 0,
+    schedule: Annotated[
+        str, typer.Option(help="constant, or cosine: the learning rate falls to 0.")
+    ] = "constant",
     record: Annotated[bool, typer.Option(help="Keep the trained slices of every step.")] = False,
+    mean: Mean = "",
+    std: Std = "",
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the trace here.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the adapted state dict here.")] = None,
@@ -106,14 +158,17 @@ def adapt(
     from modicum.adapt import adapt as train
 
     made = _plan(plan)
-    net, _ = _load_model(model, weights, _x(made.graph.shape(made.graph.input)))
+    shown = _preprocess(lambda: made, model, mean, std)
+    samples, held = _samples(data, shown), _samples(test, shown, data)
+    net = _model_of(made, model, weights)
     trace = train(
         net,
         made,
-        _data(data) or _no_data(),
+        _in_memory(samples) or _no_data(),
         epochs=epochs,
-        test=_data(test),
+        test=held,
         seed=seed,
+        schedule=_choice(schedule, "schedule", ("constant", "cosine")),
         record=record,
         progress=True,
     )
@@ -128,13 +183,15 @@ def adapt(
     _show(as_json, trace.as_dict(arrays=False), _trace_text(trace))
 
 
-@app.command()
+@command()
 def emit(
     model: ModelArg,
     plan: PlanFile,
     out: Annotated[Path, typer.Option(help="The folder to write; must not exist or be empty.")],
     name: Annotated[str, typer.Option(help="Prefix of the C symbols.")] = "model",
     data: DataFile = None,
+    mean: Mean = "",
+    std: Std = "",
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
@@ -142,14 +199,15 @@ def emit(
     from modicum.emit import emit as write
 
     made = _plan(plan)
-    net, _ = _load_model(model, weights, _x(made.graph.shape(made.graph.input)))
-    folder = write(net, made, out, name=name, data=_data(data))
+    samples = _samples(data, _preprocess(lambda: made, model, mean, std))
+    net = _model_of(made, model, weights)
+    folder = write(net, made, out, name=name, data=_in_memory(samples))
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     text = f"{folder}: {len(files)} files; try `make -C {folder} check`"
     _show(as_json, {"folder": str(folder), "name": name, "files": files}, text)
 
 
-@app.command()
+@command()
 def run(
     folder: Annotated[Path, typer.Argument(help="A folder that `modicum emit` wrote.")],
     on: Annotated[
@@ -162,6 +220,8 @@ def run(
     ] = None,
     fast: Annotated[bool, typer.Option(help="Build for speed, not for the same bits.")] = False,
     record: Annotated[bool, typer.Option(help="Keep the trained slices of every step.")] = False,
+    mean: Mean = "",
+    std: Std = "",
     out: Annotated[Path | None, typer.Option(help="Write the trace here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -170,12 +230,13 @@ def run(
     from modicum.trace import Trace, compare
 
     reference = Trace.load(like) if like is not None else None
+    shown = _preprocess(lambda: _plan(folder / "plan.json"), None, mean, std)
     trace = execute(
         folder,
         on,
-        train=_data(data),
+        train=_in_memory(_samples(data, shown)),
         order=reference.order if reference else None,
-        test=_data(test),
+        test=_in_memory(_samples(test, shown, data)),
         parity=not fast,
         record=record,
     )
@@ -194,7 +255,81 @@ def run(
     _show(as_json, result, text)
 
 
-@app.command()
+@command()
+def compare(
+    model: ModelArg,
+    methods: Annotated[
+        str,
+        typer.Option(help="Methods, such as full,last:n=3,bias, or JSON files; see `methods`."),
+    ],
+    data: Annotated[Path, typer.Option(help="Training images: a folder, a zip, or an .npz.")],
+    out: Annotated[Path, typer.Option(help="The folder of all results; a rerun goes on there.")],
+    test: Annotated[
+        Path | None, typer.Option(help="Test images; without, a fifth of --data, of each class.")
+    ] = None,
+    input: Input = "",
+    mean: Mean = "",
+    std: Std = "",
+    weights: Weights = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Images per update.")] = 8,
+    optimizer: OptimizerName = "sgd",
+    lr: Annotated[
+        str, typer.Option(help="Learning rate; of several, 0.01,0.1, the best for each method.")
+    ] = "0.01",
+    momentum: Momentum = 0.0,
+    weight_decay: WeightDecay = 0.0,
+    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    augment: Annotated[
+        str, typer.Option(help="none, resized or pad, with fields: pad:pad=2,flip=false.")
+    ] = "none",
+    seeds: Annotated[int, typer.Option(min=1, help="So many trainings of each method.")] = 3,
+    board: BoardName = "",
+    as_json: Json = False,
+) -> None:
+    """Train several methods alike, and put accuracy beside memory and work."""
+    from modicum.comparison import compare_methods
+    from modicum.tasks import load, split
+
+    chosen = {spec: _method(spec, []) for spec in _specs(methods)}
+    rates = _numbers(lr, "--lr")
+    trained = _optimizer(optimizer, rates[0], momentum, weight_decay)
+    known = _choice(schedule, "schedule", ("cosine", "constant"))
+    changed, target = _augment(augment), _board(board)
+    shape = _shape(input or _default_input(model))
+    train = load(data)
+    if test is not None:
+        held = load(test, classes=train.classes)
+    else:
+        train, held = split(train, (0.8, 0.2), seed=0)
+        print(f"{len(train)} images to train, {len(held)} to test, drawn with seed 0 from {data}",
+              file=sys.stderr)  # fmt: skip
+    classes = None if ":" in model else len(train.classes)
+    say_fresh = _network(model, weights, classes)[1]
+    if say_fresh:
+        print(say_fresh, file=sys.stderr)
+    result = compare_methods(
+        lambda: _network(model, weights, classes)[0],
+        chosen,
+        train,
+        held,
+        _normalised(shape, model, mean, std),
+        out=out,
+        seeds=range(seeds),
+        epochs=epochs,
+        batch=batch,
+        optimizer=trained,
+        rates=rates,
+        schedule=known,
+        augment=changed,
+        board=target,
+        progress=True,
+    )
+    text = f"{result}\n\n{out / 'comparison.svg'}: accuracy against memory"
+    _show(as_json, result.as_dict(), text)
+
+
+@command()
 def report(
     plan: PlanFile,
     traces: Annotated[
@@ -211,7 +346,7 @@ def report(
     _show(as_json, page.as_dict(), page.text())
 
 
-@app.command()
+@command()
 def boards(as_json: Json = False) -> None:
     """List the boards and the sources of their figures."""
     from modicum.board import boards as catalogue
@@ -229,7 +364,7 @@ def boards(as_json: Json = False) -> None:
     _show(as_json, {n: b.model_dump(mode="json") for n, b in known.items()}, "\n".join(lines))
 
 
-@app.command()
+@command()
 def methods(as_json: Json = False) -> None:
     """List the methods and their fields."""
     from modicum.methods import METHODS
@@ -244,7 +379,7 @@ def methods(as_json: Json = False) -> None:
     _show(as_json, data, "\n".join(_table(("method", "--set", "what it updates"), rows)))
 
 
-@app.command()
+@command()
 def ops(as_json: Json = False) -> None:
     """List the operators that can be captured and trained."""
     from modicum.ops import OPS
@@ -257,7 +392,7 @@ def ops(as_json: Json = False) -> None:
     _show(as_json, data, "\n".join(_table(("operator", "parameters", "what it is"), rows)))
 
 
-@app.command()
+@command()
 def models(as_json: Json = False) -> None:
     """List the reference networks."""
     from modicum.models import MODELS
@@ -269,7 +404,7 @@ def models(as_json: Json = False) -> None:
     _show(as_json, data, "\n".join(_table(("model", "input", "classes", "what it is"), rows)))
 
 
-@app.command()
+@command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Where everything goes; must not exist or be empty.")],
     board: Annotated[str, typer.Option(help="The board to plan for.")] = "nano33ble",
@@ -357,48 +492,75 @@ def _plan(path: Path) -> Any:
     return Plan.load(path)
 
 
-def _load_model(spec: str, weights: Path | None, shape: str) -> tuple[nn.Module, torch.Tensor]:
+def _load_model(
+    spec: str, weights: Path | None, shape: str, classes: int | None = None
+) -> tuple[nn.Module, torch.Tensor]:
     """A network and an example input, from a name or path/to/file.py:factory.
 
     Initial weights are drawn from seed 0, so that every command sees the same network.
     """
     import torch
 
-    from modicum.models import MODELS
-
+    example = _shape(shape or _default_input(spec))
+    if classes is not None and ":" in spec:
+        raise UsageError("--classes goes with the name of a model", why="a factory has its own")
     torch.manual_seed(0)
+    net, fresh = _network(spec, weights, classes)
+    if fresh:
+        print(fresh, file=sys.stderr)
+    return net.eval(), torch.zeros(example)
+
+
+def _model_of(made: Plan, spec: str, weights: Path | None) -> nn.Module:
+    """The network of a plan: a named model gets as many outputs, and what the method adds."""
+    from modicum.lite import prepare_model
+
+    graph = made.graph
+    classes = None if ":" in spec else graph.values[graph.output].size
+    net, example = _load_model(spec, weights, _x(graph.shape(graph.input)), classes)
+    return prepare_model(net, example, made.method)
+
+
+def _network(spec: str, weights: Path | None, classes: int | None) -> tuple[nn.Module, str]:
+    """A network, and what its weights left as initialised."""
+    from modicum.models import MODELS, load_weights
+
     file, colon, factory = spec.rpartition(":")
     if colon:
         net = _factory(Path(file), factory)
-        if not shape:
-            raise UsageError("a model from a file needs --input, such as --input 1x3x96x96")
-    elif spec in MODELS:
-        net = MODELS[spec].make(MODELS[spec].classes)
-        shape = shape or _x(MODELS[spec].input)
     else:
+        _named(spec)
+        net = MODELS[spec].make(classes or MODELS[spec].classes)
+    if weights is None:
+        return net, ""
+    loaded = load_weights(net, weights)
+    return net, str(loaded) if loaded.fresh else ""
+
+
+def _named(spec: str) -> Any:
+    from modicum.models import MODELS
+
+    if spec not in MODELS:
         names = ", ".join(MODELS)
         raise UsageError(
             f"no model is called {spec!r}", hint=f"{names}, or path/to/file.py:factory"
         )
-    if weights is not None:
-        _load_weights(net, weights)
-    return net.eval(), torch.zeros(_shape(shape))
+    return MODELS[spec]
+
+
+def _default_input(spec: str) -> str:
+    if ":" in spec:
+        raise UsageError("a model from a file needs --input, such as --input 1x3x96x96")
+    return _x(_named(spec).input)
 
 
 def _factory(file: Path, name: str) -> nn.Module:
-    import importlib.util
-
     from torch import nn
 
-    if not file.is_file():
-        raise UsageError(f"there is no file {file}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(file.parent.resolve()))
     try:
-        spec.loader.exec_module(module)
-        net = getattr(module, name)()
+        net = getattr(_module(file), name)()
+    except ModicumError:
+        raise
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise UsageError(f"{file}:{name} does not make a model", why=why) from error
@@ -407,36 +569,89 @@ def _factory(file: Path, name: str) -> nn.Module:
     return net
 
 
-def _load_weights(net: nn.Module, path: Path) -> None:
-    import torch
+@functools.cache
+def _module(file: Path) -> Any:
+    import importlib.util
 
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict(state)
-    except Exception as error:
-        why = str(error).strip().splitlines()[:6]
-        raise InvalidInput(f"cannot load the weights {path}", why=why) from error
+    if not file.is_file():
+        raise UsageError(f"there is no file {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent.resolve()))
+    spec.loader.exec_module(module)
+    return module
 
 
 def _no_data() -> NoReturn:
     raise UsageError("--data is needed: an .npz file with x and y")
 
 
-def _data(path: Path | None) -> tuple[Any, Any] | None:
-    import numpy as np
+def _samples(
+    path: Path | None, preprocess: Callable[[], Preprocess], like: Path | None = None
+) -> tuple[Any, Any] | None:
+    """(x, y) of an .npz, as they are; (Labelled, Preprocess) of a folder or a zip of images.
+
+    The classes are those of `like`, if that is a folder or a zip too.
+    """
+    from modicum.tasks import load
 
     if path is None:
         return None
+    if path.suffix.lower() == ".npz":
+        return _arrays(path)
+    images = like is not None and like.suffix.lower() != ".npz"
+    return load(path, classes=load(like).classes if images else None), preprocess()
+
+
+def _in_memory(samples: tuple[Any, Any] | None) -> tuple[Any, Any] | None:
+    from modicum.tasks import Labelled, arrays
+
+    return arrays(*samples) if samples and isinstance(samples[0], Labelled) else samples
+
+
+def _arrays(path: Path) -> tuple[Any, Any]:
+    import numpy as np
+
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays["x"], arrays["y"]
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise InvalidInput(f"{path} is not an .npz with arrays x and y", why=str(error)) from None
+
+
+def _preprocess(
+    made: Callable[[], Plan], model: str | None, mean: str, std: str
+) -> Callable[[], Preprocess]:
+    """How images are shown to the network of a plan."""
+
+    def preprocess() -> Preprocess:
+        graph = made().graph
+        return _normalised(graph.shape(graph.input), model, mean, std)
+
+    return preprocess
+
+
+def _normalised(shape: Shape, model: str | None, mean: str, std: str) -> Preprocess:
+    """Preprocess of a network: as its published weights want it, if nothing else is said."""
+    from modicum.tasks import Preprocess
+
+    if len(shape) != 4:
+        raise UsageError(f"the model takes {_x(shape)}, which is no image", hint="an .npz")
+    if model is None and not (mean and std):
+        raise UsageError(
+            "--data and --test of images need --mean and --std here",
+            why="an emitted folder does not say how its images are normalised",
+        )
+    normalise = None if model is None or ":" in model else _named(model).normalise
+    known = normalise or ((0.0,), (1.0,))
+    figures = [_numbers(mean, "--mean") if mean else known[0],
+               _numbers(std, "--std") if std else known[1]]  # fmt: skip
+    channels = shape[1]
+    wide = [tuple(f) * channels if len(f) == 1 else tuple(f) for f in figures]
+    if any(len(f) != channels for f in wide):
+        raise UsageError(f"--mean and --std need 1 or {channels} values for {channels} channels")
+    return _valid(Preprocess, {"size": shape[2:], "mean": wide[0], "std": wide[1]}, "--mean, --std")
 
 
 def _board(name: str) -> Any:
@@ -447,50 +662,114 @@ def _board(name: str) -> Any:
     return Board.from_toml(name) if name.endswith(".toml") else get(name)
 
 
-def _method(name: str, fields: list[str]) -> Method:
-    from pydantic import ValidationError
-
+def _method(spec: str, fields: Sequence[str]) -> Method:
+    """A method from name, name:key=value,key=value or a JSON file, and further fields."""
     from modicum.methods import METHODS
 
-    values: dict[str, Any] = {}
-    if name.endswith(".json"):
+    name, values = spec, {}
+    if spec.endswith(".json"):
         try:
-            values = json.loads(Path(name).read_text())
+            values = json.loads(Path(spec).read_text())
             name = values.pop("kind")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InvalidInput(f"{name} is not a method", why=str(error)) from None
+            raise InvalidInput(f"{spec} is not a method", why=str(error)) from None
+    elif ":" in spec:
+        name, values = _spec(spec)
     if name not in METHODS:
         raise UsageError(f"no method is called {name!r}", hint=", ".join(METHODS))
-    for field in fields:
-        key, equals, value = field.partition("=")
+    values |= _fields(fields, "--set ")
+    return _valid(METHODS[name], values, f"method {name}")
+
+
+def _augment(spec: str) -> Augment | None:
+    from modicum.tasks import Augment
+
+    name, values = _spec(spec)
+    if name == "none" and not values:
+        return None
+    _choice(name, "augmentation", ("none", "resized", "pad"))
+    return _valid(Augment, {"crop": name, **values}, f"augmentation {name}")
+
+
+def _specs(text: str) -> list[str]:
+    """The methods of a list; a comma also parts the fields of one: last:n=3,bias:head=0."""
+    found: list[str] = []
+    for part in _parts(text):
+        if found and "=" in part and ":" not in part.partition("=")[0]:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    twice = next((spec for spec in found if found.count(spec) > 1), None)
+    if twice is not None or "" in found:
+        what = f"the method {twice} is there twice" if twice else f"a method of {text!r} is empty"
+        raise UsageError(what, hint="--methods full,last:n=3,bias")
+    return found
+
+
+def _spec(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the fields of name:key=value,key=value."""
+    name, _, rest = text.partition(":")
+    return name, _fields(_parts(rest) if rest else [], f"{name}:")
+
+
+def _parts(text: str) -> list[str]:
+    """What commas part that stand in no quotes, brackets or braces."""
+    parts, depth, quoted = [""], 0, False
+    for c in text:
+        quoted ^= c == '"'
+        depth += not quoted and ((c in "[{") - (c in "]}"))
+        if c == "," and not quoted and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part.strip() for part in parts]
+
+
+def _fields(texts: Sequence[str], where: str) -> dict[str, Any]:
+    """key=value, where the value is JSON, or text where it is not."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"--set {field} is not key=value")
+            raise UsageError(f"{where}{text} is not key=value")
         try:
             values[key] = json.loads(value)
         except ValueError:
             values[key] = value
+    return values
+
+
+def _valid(kind: Any, values: dict[str, Any], what: str) -> Any:
+    """A config from plain data; its own checks say what is wrong."""
+    from pydantic import ValidationError
+
     try:
-        return METHODS[name].model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UsageError(f"method {name} does not take these fields", why=why) from None
+        why = "; ".join(
+            ": ".join([".".join(map(str, e["loc"])), e["msg"]] if e["loc"] else [e["msg"]])
+            for e in error.errors()
+        )
+        raise UsageError(f"{what} does not take these fields", why=why) from None
 
 
 def _optimizer(name: str, lr: float, momentum: float, weight_decay: float) -> SGD | Adam:
-    from pydantic import ValidationError
-
     from modicum.optim import SGD, Adam
 
     kind = _choice(name, "optimizer", ("sgd", "adam"))
-    if kind == "adam" and momentum:
+    values = {"lr": lr, "weight_decay": weight_decay}
+    if kind == "sgd":
+        return _valid(SGD, {**values, "momentum": momentum}, "optimizer sgd")
+    if momentum:
         raise UsageError("--momentum is for sgd; adam has its own")
+    return _valid(Adam, values, "optimizer adam")
+
+
+def _numbers(text: str, flag: str) -> tuple[float, ...]:
     try:
-        if kind == "adam":
-            return Adam(lr=lr, weight_decay=weight_decay)
-        return SGD(lr=lr, momentum=momentum, weight_decay=weight_decay)
-    except ValidationError as error:
-        why = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
-        raise UsageError(f"the optimizer {kind} does not take these values", why=why) from None
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{flag} {text} is not a number, or numbers with commas") from None
 
 
 def _choice(value: str, what: str, known: tuple[str, ...]) -> Any:

@@ -49,7 +49,11 @@ CALL_BYTES = 32
 
 
 class LayerCost(Frozen):
-    """One node of the prepared graph: what is trained, what is kept and why, and its MACs."""
+    """One node of the prepared graph: what is trained, what is kept and why, and its MACs.
+
+    `others` are the (forward, backward) operations beside MACs, such as a norm's or an
+    activation's.
+    """
 
     name: str
     op: str
@@ -60,10 +64,17 @@ class LayerCost(Frozen):
     macs_forward: int = 0
     macs_dx: int = 0
     macs_dw: int = 0
+    others: tuple[int, int] = (0, 0)
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        """(forward, backward): 2 for a MAC, 1 for each other operation."""
+        backward = 2 * (self.macs_dx + self.macs_dw) + self.others[1]
+        return 2 * self.macs_forward + self.others[0], backward
 
 
 class Cost(Frozen):
-    """Bytes and MACs of one training step with batch 1.
+    """Bytes, MACs and other operations of one training step with batch 1.
 
     floor: live bytes of inference alone, which no selection goes below; lower_bound: the most
     bytes live at once; arena: what was placed, persistent part (trained weights, optimiser
@@ -90,6 +101,17 @@ class Cost(Frozen):
     upload: int
     macs_forward: int
     macs_backward: int
+    others_forward: int
+    others_backward: int
+
+    @property
+    def flops_forward(self) -> int:
+        """2 for a MAC, 1 for each other operation."""
+        return 2 * self.macs_forward + self.others_forward
+
+    @property
+    def flops_backward(self) -> int:
+        return 2 * self.macs_backward + self.others_backward
 
 
 def cost(program: Program, placement: Placement, board: Board | None) -> Cost:
@@ -122,6 +144,8 @@ def cost(program: Program, placement: Placement, board: Board | None) -> Cost:
         upload=4 * sum(t.size for t in program.learned),
         macs_forward=sum(m.forward for m in program.macs.values()),
         macs_backward=sum(m.dx + m.dw for m in program.macs.values()),
+        others_forward=sum(m.others[0] for m in program.macs.values()),
+        others_backward=sum(m.others[1] for m in program.macs.values()),
     )
 
 
@@ -193,6 +217,7 @@ def layer_costs(program: Program) -> tuple[LayerCost, ...]:
                 macs_forward=macs.forward,
                 macs_dx=macs.dx,
                 macs_dw=macs.dw,
+                others=macs.others,
             )
         )
     return tuple(rows)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, StrictInt, model_validator
 
 from modicum.errors import InvalidInput
 
@@ -22,7 +22,7 @@ Dtype = Literal["f32"]
 if TYPE_CHECKING:
     Attr = Any  # each operator knows the types of its own
 else:
-    Attr = int | float | bool | str | tuple[int, ...] | None
+    Attr = int | float | bool | str | tuple[StrictInt, ...] | tuple[float, ...] | None
 
 ITEM_BYTES: dict[Dtype, int] = {"f32": 4}
 
@@ -53,10 +53,11 @@ class Derived(Frozen):
     """A constant that is computed from entries of the model's state when it is read.
 
     fold_weight: ``w * gamma / sqrt(var + eps)``; fold_bias: ``beta + (b - mean) * gamma /
-    sqrt(var + eps)``; rstd: ``1 / sqrt(var + eps)``; full: `fill` everywhere.
+    sqrt(var + eps)``; rstd: ``1 / sqrt(var + eps)``; standardise: ``(w - mean) / sqrt(var + eps)``
+    with the mean and the biased variance of each output channel; full: `fill` everywhere.
     """
 
-    kind: Literal["fold_weight", "fold_bias", "rstd", "full"]
+    kind: Literal["fold_weight", "fold_bias", "rstd", "standardise", "full"]
     sources: dict[str, str] = {}
     eps: float = 0.0
     fill: float = 0.0

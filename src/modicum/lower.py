@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from modicum.errors import UsageError
 from modicum.graph import Derived, Graph, Node, Param
@@ -32,7 +32,7 @@ from modicum.ops.base import (
     count,
 )
 from modicum.ops.clamp import clamp_bounds
-from modicum.ops.conv2d import is_depthwise
+from modicum.ops.conv2d import is_depthwise, standardised
 from modicum.ops.norm_conv2d import NormConv2d
 from modicum.optim import SGD, Adam
 from modicum.selection import Selection, Slice, Update, check_selection
@@ -228,7 +228,8 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
     A batch norm whose statistics are frozen becomes part of the convolution before it: folded
     into its weight where the selection trains neither, one `norm_conv2d` where the weight is
     trained whole.  One that stays gets its missing scale and shift, and its 1 / sqrt(var + eps),
-    as constants.  Norms with batch statistics become `batch_stat_norm`; activations with a sign
+    as constants.  A frozen standardised weight becomes a constant; its convolution is not joined
+    with a norm.  Norms with batch statistics become `batch_stat_norm`; activations with a sign
     mask get the attribute `sign`.
     """
     updates = {u.param: u for u in selection.updates}
@@ -245,7 +246,7 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
     for node in graph.nodes:
         if node.name in renamed:
             continue
-        changed: dict[str, object] = {"inputs": tuple(renamed.get(x, x) for x in node.inputs)}
+        changed: dict[str, Any] = {"inputs": tuple(renamed.get(x, x) for x in node.inputs)}
         bn = norm_of.get(node.name)
         if bn is not None and _foldable(node, bn, updates):
             changed["params"] = _fold(node, bn, params)
@@ -259,6 +260,9 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
             changed["params"] = _complete(node, params)
         elif node.name in selection.sign:
             changed["attrs"] = {**node.attrs, "sign": True}
+        elif standardised(node) and node.params["weight"] not in updates:
+            changed["attrs"] = {k: v for k, v in node.attrs.items() if k != "standardise"}
+            changed["params"] = _standardised_constant(node, params)
         nodes.append(node.model_copy(update=changed))
     used = {name for node in nodes for name in node.params.values()}
     alive = {graph.input, *(n.name for n in nodes)}
@@ -274,6 +278,8 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
 def _norm_after(graph: Graph, node: Node, selection: Selection) -> Node | None:
     """The batch norm with frozen statistics that alone reads a convolution or linear layer."""
     if node.op not in ("conv2d", "linear") or len(graph.consumers[node.name]) != 1:
+        return None
+    if standardised(node):
         return None
     (bn,) = graph.consumers[node.name]
     if bn.op != "batch_norm" or node.name == graph.output or len(graph.shape(node.name)) == 3:
@@ -319,6 +325,15 @@ def _fold(node: Node, bn: Node, params: dict[str, Param]) -> dict[str, str]:
     return roles
 
 
+def _standardised_constant(node: Node, params: dict[str, Param]) -> dict[str, str]:
+    weight = params[node.params["weight"]]
+    name = f"{node.name}.weight*standardised"
+    sources = {"weight": weight.name}
+    derived = Derived(kind="standardise", sources=sources, eps=standardised(node))
+    params[name] = Param(name=name, shape=weight.shape, trainable=False, derived=derived)
+    return {**node.params, "weight": name}
+
+
 def _complete(node: Node, params: dict[str, Param], rstd: bool = True) -> dict[str, str]:
     roles = dict(node.params)
     shape = params[roles["var"]].shape
@@ -359,6 +374,12 @@ def _refuse_what_is_not_there_yet(graph: Graph, updates: Mapping[str, Update]) -
                 f"{name!r} can only be trained whole",
                 where=node.name,
                 why="its norm computes its statistics from its input",
+            )
+        if role == "weight" and standardised(node) and not update.slice.whole:
+            raise UsageError(
+                f"{name!r} can only be trained whole",
+                where=node.name,
+                why="it is standardised over all its entries",
             )
         if role == "weight" and node.op == "conv2d" and update.slice.inp is not None:
             in_g, groups = graph.params[name].shape[1], node.attrs["groups"]
@@ -467,12 +488,16 @@ class _Lowering:
             statistics=tuple(t for t in self.trained.values() if t.statistic),
             wanted=self.wanted,
             kept=self.kept,
-            macs={
-                n.name: OPS[n.op].macs(self.graph, n, self.wanted[n.name]) for n in self.graph.nodes
-            },
+            macs={n.name: self._macs(n) for n in self.graph.nodes},
             input_buffer=self.where[source],
             output_buffer=output,
         )
+
+    def _macs(self, node: Node) -> Macs:
+        op, wanted = OPS[node.op], self.wanted[node.name]
+        size = self.graph.values[node.name].size
+        forward, backward = (round(size * k) for k in op.elementwise(self.graph, node, wanted))
+        return replace(op.macs(self.graph, node, wanted), others=(forward, backward))
 
     # ---- buffers ----
 
@@ -613,6 +638,8 @@ class _Lowering:
             trained = self.trained.get(name)
             if trained is None:
                 operands[role] = Const(name, layout)
+            elif role == "weight" and standardised(node):
+                operands[role] = Buf(self._standardised(phase, node, trained))
             elif trained.slice.whole:
                 operands[role] = Buf(trained.buffer)
             else:
@@ -639,6 +666,51 @@ class _Lowering:
         )
         self._step(phase, node.name, Call("mo_assemble", args))
         return full
+
+    def _standardised(self, phase: Phase, node: Node, trained: Trained) -> str:
+        """The standardised weight, computed for the time of a call from the one that is trained.
+
+        A depthwise weight, [tap][channel] in memory, is turned so that a channel is a row.
+        """
+        rows, entries = trained.shape[0], trained.size // trained.shape[0]
+        full = self._workspace("full", trained)
+        source, dst, calls = trained.buffer, full, []
+        if trained.layout == "hwc":
+            source, dst = full, self._workspace("turned", trained)
+            calls.append(Call("mo_transpose", (Buf(full, "w"), Buf(trained.buffer), entries, rows)))
+        args = (Buf(dst, "w"), Buf(source), rows, entries, standardised(node))
+        calls.append(Call("mo_standardise", args))
+        if trained.layout == "hwc":
+            calls.append(Call("mo_transpose", (Buf(full, "w"), Buf(dst), rows, entries)))
+        self._step(phase, node.name, *calls)
+        return full
+
+    def _through_standardisation(
+        self, node: Node, role: str, grad: str, looped: bool
+    ) -> tuple[Call, ...]:
+        """The calls that make the gradient of a standardised weight that of the trained one.
+
+        In a loop they do a block of rows; a depthwise weight has no such blocks.
+        """
+        if role != "weight" or not standardised(node):
+            return ()
+        trained = self.trained[node.params["weight"]]
+        rows, entries, eps = trained.shape[0], trained.size // trained.shape[0], standardised(node)
+        if trained.layout != "hwc":
+            w = Buf(trained.buffer, rows=entries if looped else 0)
+            n: Arg = Expr("row_end - row") if looped else rows
+            return (Call("mo_standardise_dw", (Buf(grad, "rw"), w, n, entries, eps)),)
+        w, g = (self._workspace(name, trained) for name in ("turned", "g turned"))
+        return (
+            Call("mo_transpose", (Buf(w, "w"), Buf(trained.buffer), entries, rows)),
+            Call("mo_transpose", (Buf(g, "w"), Buf(grad), entries, rows)),
+            Call("mo_standardise_dw", (Buf(g, "rw"), Buf(w), rows, entries, eps)),
+            Call("mo_transpose", (Buf(grad, "w"), Buf(g), rows, entries)),
+        )
+
+    def _workspace(self, name: str, trained: Trained) -> str:
+        size = 4 * trained.size
+        return self._buffer(f"{name}:{trained.param}", size, "workspace", value=trained.param)
 
     # ---- loss ----
 
@@ -904,14 +976,17 @@ class _Lowering:
             if update:
                 self._update(node, role, name)
             return name
-        block = grad.rows if not update else _block(grad.rows, grad.row_elems)
+        turned = bool(standardised(node)) and trained.layout == "hwc"
+        block = grad.rows if turned or not update else _block(grad.rows, grad.row_elems)
         real = self._buffer(name, 4 * block * grad.row_elems, "gradient", value=trained.param)
         calls = tuple(_renamed(c, name, real) for c in grad.calls)
         if finish:
             looped = grad.rows > block
             calls = (*calls, self._finish(node, dy, real, trained.buffer, finish, looped))
         if update:
-            calls = (*calls, self._optimizer_call(trained, real, grad.rows, grad.row_elems))
+            standard = self._through_standardisation(node, role, real, looped=grad.rows > block)
+            optimizer = self._optimizer_call(trained, real, grad.rows, grad.row_elems)
+            calls = (*calls, *standard, optimizer)
             self._step("update", node.name, *calls, rows=grad.rows, block=block)
         else:
             self._step("backward", node.name, *calls, rows=grad.rows, block=block)
@@ -930,7 +1005,8 @@ class _Lowering:
 
     def _update(self, node: Node, role: str, grad: str, before: tuple[Call, ...] = ()) -> None:
         trained = self.trained[node.params[role]]
-        calls = [*before, self._optimizer_call(trained, grad, 1, trained.size)]
+        standard = self._through_standardisation(node, role, grad, looped=False)
+        calls = [*before, *standard, self._optimizer_call(trained, grad, 1, trained.size)]
         if self.accumulate > 1:
             calls.append(Call("memset", (Buf(grad, "w"), 0, 4 * trained.size)))
         self._step("update", node.name, *calls, rows=1, block=1)

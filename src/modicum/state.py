@@ -43,6 +43,11 @@ def _derive(d: Derived, shape: tuple[int, ...], state: State) -> Array:
     get = {role: np.asarray(state[name], dtype=np.float64) for role, name in d.sources.items()}
     if d.kind == "full":
         return np.full(shape, d.fill, dtype=np.float32)
+    if d.kind == "standardise":
+        w = get["weight"]
+        axes = tuple(range(1, w.ndim))
+        centred = w - w.mean(axes, keepdims=True)
+        return (centred / np.sqrt(w.var(axes, keepdims=True) + d.eps)).astype(np.float32)
     rstd = 1.0 / np.sqrt(get["bn_var"] + d.eps)
     if d.kind == "rstd":
         return rstd.astype(np.float32)

@@ -20,6 +20,8 @@ T = TypeVar("T")
 VERSION = 1
 # Below this a loss is compared absolutely: -log p of p near 1 has only the rounding of p.
 LOSS_FLOOR = 1e-2
+# A shift that a later norm with batch statistics takes out again has no gradient but rounding.
+TENSOR_FLOOR = 1e-5
 
 
 @dataclass
@@ -104,8 +106,9 @@ def compare(a: Trace, b: Trace, tolerance: float = 1e-4) -> Comparison:
     """Compare two traces of one plan over the same samples, step by step.
 
     Losses differ relative to the larger of the two (absolutely below LOSS_FLOOR); tensors
-    relative to the largest magnitude of the tensor.  Raises InvalidInput when the traces are not
-    of the same plan, length and sample order, or hold tensors of other steps or shapes.
+    relative to the largest magnitude of the tensor, at least TENSOR_FLOOR.  Raises InvalidInput
+    when the traces are not of the same plan, length and sample order, or hold tensors of other
+    steps or shapes.
     """
     if a.plan_hash != b.plan_hash:
         raise InvalidInput("the traces are of different plans", where=f"{a.where} and {b.where}")
@@ -132,7 +135,8 @@ def compare(a: Trace, b: Trace, tolerance: float = 1e-4) -> Comparison:
             p, q = a.tensors[name][i], b.tensors[name][i]
             bitwise &= bool((p == q).all())
             scale = max(float(np.abs(v).max(initial=0.0)) for v in (p, q))
-            differences.append((name, float(np.abs(p - q).max(initial=0.0)) / max(scale, 1e-12)))
+            part = float(np.abs(p - q).max(initial=0.0)) / max(scale, TENSOR_FLOOR)
+            differences.append((name, part))
         for name, difference in differences:
             largest = max(largest, difference) if difference == difference else float("inf")
             if first is None and not difference <= tolerance:

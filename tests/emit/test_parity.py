@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import CASES, Built, Case, build
 from emit.folders import Workshop, part
-from graphs import explicit
+from graphs import explicit, renamed
 from hypothesis import HealthCheck, given, reject, settings
 from oracle import GraphModel
 
@@ -48,7 +48,7 @@ def test_the_emitted_c_trains_as_pytorch_does_in_the_planned_arena(workshop: Wor
 def test_a_generated_net_trains_in_c_as_in_pytorch(workshop: Workshop, job):
     model = GraphModel(job["graph"])
     graph = mo.capture(model, torch.zeros(job["graph"].shape("input")))
-    method = explicit(job["selection"])
+    method = explicit(renamed(job["selection"], job["graph"], graph))
     more = {key: job[key] for key in ("optimizer", "loss", "accumulate")}
     built = Built(None, model, graph, mo.plan(graph, method=method, **more))
     try:

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Built, Case, build
-from oracle import cut, total_loss
+from oracle import cut, run_graph, total_loss
+from torch import nn
 
 import modicum as mo
+from modicum.adapt import rate_factor
+from modicum.errors import UsageError
 from modicum.optim import SGD
+from modicum.tasks import Augment, Position, Preprocess, Stream, arrays, load
 
 
 def row(id_: str) -> Case:
@@ -26,7 +30,9 @@ def by_hand(built: Built, order: list[int], x, y) -> tuple[list[float], dict[str
     """PyTorch's loop on the original model; what no slice holds is put back after each step."""
     net = copy.deepcopy(built.model)
     params = dict(net.named_parameters())
-    slices = {u.param: u.slice for u in built.plan.selection.updates}
+    selection = built.plan.selection
+    special = selection.batch_norms or selection.sign  # which `net` itself does not do
+    slices = {u.param: u.slice for u in selection.updates}
     o = built.plan.optimizer
     chosen = [params[name] for name in slices]
     if o.kind == "adam":
@@ -35,7 +41,9 @@ def by_hand(built: Built, order: list[int], x, y) -> tuple[list[float], dict[str
         optimizer = torch.optim.SGD(chosen, o.lr, o.momentum, weight_decay=o.weight_decay)
     losses, tensors = [], {name: [] for name in slices}
     for i, sample in enumerate(order):
-        loss = total_loss(built.plan.loss, net(x[[sample]]), y[[sample]])
+        image = x[[sample]]
+        outputs = run_graph(built.graph, net, image, selection) if special else net(image)
+        loss = total_loss(built.plan.loss, outputs, y[[sample]])
         losses.append(loss.item())
         (loss / built.plan.accumulate).backward()
         if (i + 1) % built.plan.accumulate == 0:
@@ -223,3 +231,109 @@ def test_no_epochs_train_nothing():
     before = dict(built.model.named_parameters())
     for name, value in trace.state.items():
         assert np.array_equal(value, before[name].detach())
+
+
+# ---- streams of batches ------------------------------------------------------------------------
+
+
+def pictures(n: int = 12):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 255, (n, 6, 6, 1), dtype=np.uint8)
+    return load((x, np.arange(n) % 3)), Preprocess(size=6, mean=(0.5,), std=(0.5,))
+
+
+def planned(accumulate: int, lr: float = 0.05) -> tuple[nn.Module, mo.Plan]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    graph = mo.capture(model, torch.zeros(1, 1, 6, 6))
+    return model, mo.plan(graph, method=mo.Full(), optimizer=SGD(lr=lr), accumulate=accumulate)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_stream_of_batches_learns_what_samples_one_by_one_do(schedule):
+    dataset, shown = pictures()
+    model, plan = planned(accumulate=4)
+    data = arrays(dataset, shown)
+    one = mo.adapt(model, plan, data, epochs=2, test=data, schedule=schedule)
+    ordered = dataset.subset(one.order)
+    stream = Stream(ordered, shown, 4, epochs=1, shuffle=False)
+    all_ = mo.adapt(model, plan, stream, test=(dataset, shown), schedule=schedule)
+    assert all_.losses == pytest.approx(one.losses, abs=1e-5)
+    assert all_.logits_before == pytest.approx(one.logits_before, abs=1e-5)
+    assert all_.logits_after == pytest.approx(one.logits_after, abs=1e-5)
+    assert (all_.accuracy_before, all_.accuracy_after) == (one.accuracy_before, one.accuracy_after)
+    for name, value in one.state.items():
+        assert np.allclose(value, all_.state[name], atol=1e-5), name
+
+
+def test_a_stream_takes_the_steps_of_pytorchs_own_loop():
+    dataset, shown = pictures(10)
+    model, plan = planned(accumulate=4)
+    net = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+    losses = []
+    for x, y in Stream(dataset, shown, 4, seed=7, epochs=3, augment=Augment()):
+        each = nn.functional.cross_entropy(
+            net(torch.from_numpy(x)), torch.from_numpy(y), reduction="none"
+        )
+        optimizer.zero_grad()
+        each.mean().backward()
+        optimizer.step()
+        rates.step()
+        losses += each.tolist()
+    stream = Stream(dataset, shown, 4, seed=7, epochs=3, augment=Augment())
+    trace = mo.adapt(model, plan, stream, schedule="cosine", record=True)
+    assert trace.losses == pytest.approx(losses, rel=1e-4, abs=1e-5)
+    assert (trace.seed, trace.order, len(trace.losses)) == (7, [], 30)
+    for name, p in net.named_parameters():
+        assert np.allclose(trace.state[name], p.detach(), atol=1e-5), name
+        assert len(trace.tensors[name]) == 30
+    assert 0 < trace.figures["seconds_per_step"] <= trace.figures["seconds"]
+
+
+def test_a_stream_that_goes_on_is_trained_to_its_end():
+    dataset, shown = pictures()
+    model, plan = planned(accumulate=4)
+    at = Position(epoch=1, step=2)
+    trace = mo.adapt(model, plan, Stream(dataset, shown, 4, epochs=3, at=at), schedule="cosine")
+    assert len(trace.losses) == 4 + 12
+
+
+def test_a_cosine_ends_before_zero_and_half_way_is_half():
+    factors = [rate_factor("cosine", t, 4) for t in range(4)]
+    assert factors == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
+    assert rate_factor("constant", 3, 4) == 1
+
+
+@pytest.mark.parametrize(
+    ("stream", "more"),
+    [
+        ({"batch": 3}, {}),
+        ({"epochs": None}, {}),
+        ({}, {"epochs": 2}),
+        ({}, {"seed": 1}),
+        ({}, {"micro_batch": 2}),
+        ({}, {"schedule": "linear"}),
+    ],
+    ids=["other batches", "no end", "epochs", "seed", "micro-batches", "schedule"],
+)
+def test_a_stream_that_does_not_go_with_the_plan_is_a_usage_error(stream, more):
+    dataset, shown = pictures()
+    model, plan = planned(accumulate=4)
+    made = Stream(dataset, shown, **{"batch": 4, "epochs": 1, **stream})
+    with pytest.raises(UsageError):
+        mo.adapt(model, plan, made, **more)
+
+
+def test_images_of_another_size_or_class_are_refused():
+    dataset, _ = pictures()
+    model, plan = planned(accumulate=4)
+    with pytest.raises(mo.InvalidInput, match="the inputs have shape"):
+        mo.adapt(model, plan, Stream(dataset, Preprocess(size=5, mean=(0,), std=(1,)), 4, epochs=1))
+    many = load((np.zeros((8, 6, 6, 1), np.uint8), np.arange(8) % 4))
+    shown = Preprocess(size=6, mean=(0,), std=(1,))
+    with pytest.raises(mo.InvalidInput, match="labels must be"):
+        mo.adapt(model, plan, Stream(many, shown, 4, epochs=1))
+    with pytest.raises(mo.InvalidInput, match="labels must be"):
+        mo.adapt(model, plan, Stream(dataset, shown, 4, epochs=1), test=(many, shown))

@@ -6,7 +6,7 @@ import graphs
 import pytest
 import torch
 from cases import CASES, Case, build
-from graphs import Builder, explicit, selections
+from graphs import Builder, explicit, renamed, selections
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import (
@@ -34,7 +34,9 @@ def test_gradients_are_those_of_autograd_in_double_precision(case: Case):
     tuned = in_double(Tuned(built.model, built.plan), built.model)
     got = tuned_gradients(tuned, x.double(), y)
     largest, where = difference(got, autograd_gradients(built.model, built.plan, x, y))
-    assert largest < 1e-9, where
+    # PyTorch divides by a float 6 in hardsigmoid's double backward pass, too
+    rounded = any(node.op == "hardsigmoid" for node in built.graph.nodes)
+    assert largest < (1e-6 if rounded else 1e-9), where
 
 
 @rows
@@ -42,13 +44,17 @@ def test_gradients_are_those_of_autograd_in_single_precision(case: Case):
     built = build(case)
     x, y = built.samples(1)
     got = tuned_gradients(Tuned(built.model, built.plan), x, y)
-    largest, where = difference(got, autograd_gradients(built.model, built.plan, x, y))
+    # a shift that a later norm with batch statistics takes out again has no gradient
+    floor = 1e-3 if built.plan.selection.batch_norms else 1e-6
+    largest, where = difference(got, autograd_gradients(built.model, built.plan, x, y), floor)
     assert largest < 1e-4, where
 
 
 @rows
 def test_a_batch_has_the_sum_of_its_samples_gradients(case: Case):
     built = build(case)
+    if built.plan.selection.batch_norms:
+        pytest.skip("batch statistics make samples depend on each other")
     x, y = built.samples(4)
     tuned = in_double(Tuned(built.model, built.plan), built.model)
     together = tuned_gradients(tuned, x.double(), y)
@@ -111,15 +117,6 @@ def agrees(graph: Graph, selection: Selection, loss: str = "cross_entropy") -> N
     largest, where = difference(got, autograd_gradients(model, plan, x, y))
     assert largest < 1e-9, where
     assert held_bytes(tuned, x[:1].clone()) == plan.cost.saved
-
-
-def renamed(selection: Selection, graph: Graph, captured: Graph) -> Selection:
-    """The selection with the names that capture gives to the same norms and activations."""
-    ops = ("batch_norm", "clamp", "hardswish", "silu")
-    there, here = ([n.name for n in g.nodes if n.op in ops] for g in (captured, graph))
-    names = dict(zip(here, there, strict=True))
-    norms, sign = (tuple(names[n] for n in x) for x in (selection.batch_norms, selection.sign))
-    return selection.model_copy(update={"batch_norms": norms, "sign": sign})
 
 
 # ---- derivatives by differences --------------------------------------------------------------

@@ -212,14 +212,15 @@ def test_state_is_kept_for_the_trained_elements_only(job):
     sizes = {t.param: 4 * t.size for t in program.trained}
     assert sizes == {
         u.param: 4 * elements(u.slice.shape(job["graph"].params[u.param].shape))
-        for u in job["selection"]
+        for u in job["selection"].updates
     }
+    moved = {t.param: [4 * t.size] for t in program.statistics}
     found: dict[str, list[int]] = {}
     for buffer in program.buffers.values():
         if buffer.persistent:
             found.setdefault(buffer.value, []).append(buffer.bytes)
     copies = 1 + len(job["optimizer"].states) + (job["accumulate"] > 1)
-    assert found == {name: [size] * copies for name, size in sizes.items()}
+    assert found == {name: [size] * copies for name, size in sizes.items()} | moved
 
 
 def elements(shape: tuple[int, ...]) -> int:
@@ -269,8 +270,26 @@ def test_a_norm_is_folded_where_neither_it_nor_its_layer_is_trained():
     graph = small_cnn()
     folded, whole = ["conv2d", "clamp", "conv2d"], ["conv2d", "batch_norm", "clamp"]
     assert ops(graph, "head.weight") == folded
-    for param in ("stem.weight", "norm.weight", "norm.bias"):
+    for param in ("norm.weight", "norm.bias"):
         assert ops(graph, param) == whole
+
+
+def test_a_norm_joins_its_convolution_where_the_weight_is_trained_whole():
+    graph = small_cnn()
+    one = ["norm_conv2d", "clamp", "conv2d"]
+    for params in (["stem.weight"], ["stem.weight", "norm.bias"], graph.trainable()):
+        assert ops(graph, *params) == one
+    sliced = Update(param="stem.weight", slice=Slice(out=(0, 1)))
+    batch = Selection(updates=(Update(param="stem.weight"),), batch_norms=("norm",))
+    for selection in (Selection(updates=(sliced,)), batch):
+        assert [n.op for n in prepare(graph, selection).nodes][0] == "conv2d"
+
+
+def test_the_scale_of_a_norm_needs_nothing_beside_what_the_weight_needs():
+    graph = small_cnn()
+    weight = train(graph, "stem.weight", "norm.bias").saved_bytes
+    assert train(graph, "stem.weight", "norm.weight", "norm.bias").saved_bytes == weight
+    assert train(graph, "norm.weight").saved_bytes > train(graph, "norm.bias").saved_bytes
 
 
 def test_a_norm_after_something_else_than_a_layer_stays():
@@ -362,7 +381,7 @@ def test_inference_trains_and_keeps_nothing():
 
 
 def test_what_is_wanted_and_kept_can_be_asked_without_a_program():
-    graph = prepare(CONV, (part("op.bias"),))
+    graph = prepare(CONV, Selection(updates=(part("op.bias"),)))
     wanted = wanted_gradients(graph, {"op.bias": part("op.bias")})
     assert wanted["head"].dx == (True,) and wanted["op"].dx == (False,)
     assert list(wanted["op"].params) == ["bias"] and not wanted["below"].any

@@ -55,6 +55,7 @@ class Source:
             target=self._target(),
             image_order=_image_order(graph),
             learned=self._persistent(),
+            learned_floats=sum(t.size for t in self.program.learned),
         )
 
     def _target(self) -> str:
@@ -311,7 +312,8 @@ def _unlooped(text: str, rows: int) -> str:
     match = re.fullmatch(r"\(row_end - row\) \* (\d+)", text)
     if match:
         return str(max(rows, 1) * int(match[1]))
-    return {"row": "0", "row_end": str(rows)}.get(text, text)
+    whole = {"row": "0", "row_end": str(rows), "row_end - row": str(rows)}
+    return whole.get(text, text)
 
 
 def _identifier(name: str) -> str:

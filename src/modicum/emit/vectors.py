@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from modicum.emit.schedule import c_array
 from modicum.plan import Plan
 from modicum.state import image_to_c, to_c
-
-if TYPE_CHECKING:
-    from modicum.trace import Trace
+from modicum.trace import TENSOR_FLOOR, Trace
 
 TOLERANCE = 1e-4
 MOST_COMPARED = 64  # elements per trained slice; a large one is sampled with a stride
@@ -29,7 +27,7 @@ def vectors_header(plan: Plan, x: Any, y: Any, trace: Trace, logits: list[Any]) 
             stride = -(-full.size // MOST_COMPARED)
             part = full[::stride]
             body.append(c_array(f"expected{i}_{k}", part, "static const float"))
-            scale = float(np.abs(full).max())
+            scale = max(float(np.abs(full).max()), TENSOR_FLOOR)
             tensors.append(
                 f'  {{"{t.param}", {k}, 0, {stride}, {part.size}, {scale!r}f, expected{i}_{k}}},'
             )

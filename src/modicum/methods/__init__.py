@@ -13,13 +13,15 @@ from modicum.methods.full import Full
 from modicum.methods.last import Last
 from modicum.methods.mobiletl import Blocks, MobileTL
 from modicum.methods.norm import Norm
+from modicum.methods.tinytl import TinyTL
 
-_ALL: tuple[type[Method], ...] = (Full, Blocks, MobileTL, Last, Bias, Norm, Explicit)
+_ALL: tuple[type[Method], ...] = (Full, Blocks, MobileTL, TinyTL, Last, Bias, Norm, Explicit)
 
 METHODS: dict[str, type[Method]] = {cls.model_fields["kind"].default: cls for cls in _ALL}
 
 AnyMethod = Annotated[
-    Full | Blocks | MobileTL | Last | Bias | Norm | Explicit, Field(discriminator="kind")
+    Full | Blocks | MobileTL | TinyTL | Last | Bias | Norm | Explicit,
+    Field(discriminator="kind"),
 ]
 
 __all__ = [
@@ -32,5 +34,5 @@ __all__ = [
     "Last",
     "Method",
     "MobileTL",
-    "Norm",
+    *("Norm", "TinyTL"),
 ]

@@ -20,6 +20,11 @@ class _Elementwise(Op):
 
     forward_kernel = ""
     backward_kernel = ""
+    costs = (0, 0)  # operations per element, forward and exact backward
+
+    def elementwise(self, graph, node, wanted):
+        forward, backward = self.costs
+        return (forward, (1 if node.attrs.get("sign") else backward) if wanted.dx[0] else 0)
 
     def shape(self, node, inputs, params):
         return inputs[0]
@@ -91,6 +96,7 @@ class HardSwish(_Swish):
     name = "hardswish"
     forward_kernel = "mo_hardswish_forward"
     backward_kernel = "mo_hardswish_backward"
+    costs = (5, 5)
 
     def function(self, x):
         import torch.nn.functional as F
@@ -109,6 +115,7 @@ class SiLU(_Swish):
     name = "silu"
     forward_kernel = "mo_silu_forward"
     backward_kernel = "mo_silu_backward"
+    costs = (5, 8)
 
     def function(self, x):
         import torch.nn.functional as F
@@ -127,6 +134,7 @@ class HardSigmoid(_Elementwise):
     name = "hardsigmoid"
     forward_kernel = "mo_hardsigmoid_forward"
     backward_kernel = "mo_hardsigmoid_backward"
+    costs = (4, 2)
 
     def saved(self, graph, node, wanted):
         if not wanted.dx[0]:
@@ -156,6 +164,7 @@ class Sigmoid(_Elementwise):
     name = "sigmoid"
     forward_kernel = "mo_sigmoid_forward"
     backward_kernel = "mo_sigmoid_backward"
+    costs = (4, 3)
 
     def saved(self, graph, node, wanted):
         if not wanted.dx[0]:

@@ -15,6 +15,9 @@ class Add(Op):
             raise ValueError(f"adds values of one shape, not {inputs[0]} and {inputs[1]}")
         return inputs[0]
 
+    def elementwise(self, graph, node, wanted):
+        return (1, 0)
+
     def forward(self, node, x, p):
         return x[0] + x[1]
 

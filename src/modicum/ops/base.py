@@ -55,11 +55,16 @@ class Kept:
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates for one sample, split by what they compute."""
+    """Multiply-accumulates for one sample, split by what they compute.
+
+    `others` are the additions, multiplications, divisions, comparisons and exponentials of the
+    (forward, backward) pass that are no part of one, such as those of norms and activations.
+    """
 
     forward: int = 0
     dx: int = 0
     dw: int = 0
+    others: tuple[int, int] = (0, 0)
 
 
 # ---- arguments of a kernel call -------------------------------------------------------------
@@ -196,6 +201,10 @@ class Op:
 
     def macs(self, graph: Graph, node: Node, wanted: Wanted) -> Macs:
         return Macs()
+
+    def elementwise(self, graph: Graph, node: Node, wanted: Wanted) -> tuple[float, float]:
+        """Operations of the (forward, backward) pass beside MACs, per element of the output."""
+        return (0, 0)
 
     def layout(self, graph: Graph, node: Node, role: str) -> Layout:
         """The layout of a parameter in C."""

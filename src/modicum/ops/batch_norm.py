@@ -31,6 +31,10 @@ class BatchNorm(Op):
         why = f"{len(s.out)} of {x.shape[1]} channels, for the scale's gradient"
         return (Kept("channels", x.name, part, channels=s.out, why=why),)
 
+    def elementwise(self, graph, node, wanted):
+        params = wanted.params
+        return (2, wanted.dx[0] + 4 * ("weight" in params) + ("bias" in params))
+
     def forward(self, node, x, p):
         scale = p["weight"] * p["rstd"]
         shift = p["bias"] - p["mean"] * scale
@@ -122,6 +126,11 @@ class BatchStatNorm(Op):
             return (stats,)
         why = "input, for the gradients through the statistics"
         return (stats, Kept("value", x.name, x.bytes, why=why))
+
+    def elementwise(self, graph, node, wanted):
+        """Mean, variance and xhat; the two sums, which are the parameters' gradients, and dx."""
+        any_ = wanted.dx[0] or wanted.params
+        return (1 + 3 + 4, (1 + 4) * bool(any_) + 4 * wanted.dx[0])
 
     def forward(self, node, x, p):
         """With the running statistics, as in prediction."""

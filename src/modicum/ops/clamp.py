@@ -30,6 +30,10 @@ class Clamp(Op):
             raise ValueError(f"needs lo < hi, not {lo} and {hi}")
         return inputs[0]
 
+    def elementwise(self, graph, node, wanted):
+        bounds = sum(b is not None for b in (node.attrs["lo"], node.attrs["hi"]))
+        return (bounds, 1 if wanted.dx[0] else 0)
+
     def saved(self, graph, node, wanted):
         if not wanted.dx[0]:
             return ()

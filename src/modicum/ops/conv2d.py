@@ -2,6 +2,10 @@
 
 y[o, p] = b[o] + sum_{t, i} w[o, i, t] x[g(o), i, p * stride + t * dilation - pad]
 dx = conv^T(dy, w); dw[o, i, t] = sum_p dy[o, p] x[i, p + t]; db[o] = sum_p dy[o, p]
+
+With the attribute `standardise`, an eps, w is the standardised v (Qiao et al., arXiv 1903.10520),
+over the n entries (i, t) of each output channel: w = (v - mean v) r, r = 1 / sqrt(var v + eps);
+dv = r (dw - mean dw - w mean(w dw)).
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ class Conv2d(Op):
             raise ValueError(f"{c} channels do not fit {groups} groups of weight {in_g} -> {out_c}")
         if "bias" in node.params and params[node.params["bias"]].shape != (out_c,):
             raise ValueError("the bias does not have one entry per output channel")
+        if "standardise" in node.attrs and not standardised(node) > 0:
+            raise ValueError("a weight is standardised with an eps above 0")
         if min(sh, sw, dh, dw) < 1 or min(top, left, bottom, right) < 0:
             raise ValueError("strides and dilations are at least 1, paddings at least 0")
         out_h = (h + top + bottom - dh * (kh - 1) - 1) // sh + 1
@@ -64,6 +70,9 @@ class Conv2d(Op):
             dw = share * kh * kw * out_h * out_w
         return Macs(forward=full, dx=full if wanted.dx[0] else 0, dw=dw)
 
+    def elementwise(self, graph, node, wanted):
+        return (0, int("bias" in wanted.params))
+
     def layout(self, graph, node, role):
         if role != "weight":
             return "plain"
@@ -75,7 +84,7 @@ class Conv2d(Op):
         image, padding = _padded(node, x[0])
         return F.conv2d(
             image,
-            p["weight"],
+            _standardise(node, p["weight"]),
             p.get("bias"),
             node.attrs["stride"],
             padding,
@@ -90,7 +99,8 @@ class Conv2d(Op):
             s = wanted.params["bias"]
             grads["bias"] = db if s.out is None else db[list(s.out)]
         if "weight" in wanted.params:
-            grads["weight"] = self._weight_grad(node, dy, kept[0], p["weight"], wanted)
+            dw = self._weight_grad(node, dy, kept[0], p["weight"], wanted)
+            grads["weight"] = _standardise_dw(node, dw, p["weight"])
         dx = None
         if wanted.dx[0]:
             top, left, bottom, right = node.attrs["padding"]
@@ -102,7 +112,7 @@ class Conv2d(Op):
                 h_all, w_all, top, left = h, w, 0, 0
             like = dy.new_empty(1).expand(n, c, h_all, w_all)
             wanted_dx = (True, False)
-            weight, groups = p["weight"], _groups(node)
+            weight, groups = _standardise(node, p["weight"]), _groups(node)
             dx = _convolution_backward(node, dy, like, weight, groups, padding, wanted_dx)[0]
             if (h_all, w_all) != (h, w):
                 dx = dx[:, :, top : top + h, left : left + w]
@@ -200,6 +210,11 @@ def runs(channels: tuple[int, ...]) -> list[tuple[int, int]]:
     return ranges
 
 
+def standardised(node: Node) -> float:
+    """The eps with which a convolution's weight is standardised; 0 where it is not."""
+    return node.attrs.get("standardise", 0.0)
+
+
 def _groups(node: Node) -> int:
     return node.attrs["groups"]
 
@@ -223,6 +238,25 @@ def _padded(node, x):
         return x, padding
     top, left, bottom, right = node.attrs["padding"]
     return F.pad(x, (left, right, top, bottom)), (0, 0)
+
+
+def _standardise(node, v):
+    import torch.nn.functional as F
+
+    eps = standardised(node)
+    return F.layer_norm(v, v.shape[1:], None, None, eps) if eps else v
+
+
+def _standardise_dw(node, dw, v):
+    """The gradient of v from that of the standardised weight."""
+    eps = standardised(node)
+    if not eps:
+        return dw
+    axes = (1, 2, 3)
+    centred = v - v.mean(axes, keepdim=True)
+    r = (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+    w = centred * r
+    return r * (dw - dw.mean(axes, keepdim=True) - w * (w * dw).mean(axes, keepdim=True))
 
 
 def _convolution_backward(node, dy, x, w, groups, padding, wanted):

@@ -33,6 +33,10 @@ class GroupNorm(Op):
             Kept("stats", node.name, 8 * node.attrs["groups"], why="statistics of each group"),
         )
 
+    def elementwise(self, graph, node, wanted):
+        any_ = wanted.dx[0] or "weight" in wanted.params
+        return (1 + 3 + 4, (1 + 4) * bool(any_) + 5 * wanted.dx[0])
+
     def forward(self, node, x, p):
         import torch.nn.functional as F
 

@@ -56,6 +56,9 @@ class Linear(Op):
         dw = 0 if s is None else rows * count(s.out, out) * count(s.inp, inp)
         return Macs(forward=full, dx=full if wanted.dx[0] else 0, dw=dw)
 
+    def elementwise(self, graph, node, wanted):
+        return (0, int("bias" in wanted.params))
+
     def forward(self, node, x, p):
         import torch.nn.functional as F
 

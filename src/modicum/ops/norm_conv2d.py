@@ -23,6 +23,10 @@ class NormConv2d(Conv2d):
     name = "norm_conv2d"
     roles = ("weight", "scale", "shift")
 
+    def elementwise(self, graph, node, wanted):
+        """The affine map; the scaling of dy, and the sum of dy that shift and scale share."""
+        return (2, 1 + (len(wanted.params) > 1))
+
     def forward(self, node, x, p):
         weight, shift = _folded(p)
         return super().forward(node, x, {"weight": weight, "bias": shift})

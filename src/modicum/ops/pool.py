@@ -27,6 +27,10 @@ class MaxPool2d(Op):
         why = f"winner of each window, {bits} bits"
         return (Kept("code", y.name, mask_bytes(y.size, bits), bits=bits, why=why),)
 
+    def elementwise(self, graph, node, wanted):
+        kh, kw = node.attrs["kernel"]
+        return (kh * kw, int(wanted.dx[0]))
+
     def forward(self, node, x, p):
         return self.forward_saving(node, x, p)[0]
 
@@ -76,6 +80,10 @@ class AvgPool2d(Op):
     def shape(self, node, inputs, params):
         return _pooled(node, inputs[0])
 
+    def elementwise(self, graph, node, wanted):
+        kh, kw = node.attrs["kernel"]
+        return (kh * kw + 1, (kh * kw + 1) * wanted.dx[0])
+
     def forward(self, node, x, p):
         import torch.nn.functional as F
 
@@ -102,6 +110,11 @@ class AdaptiveAvgPool2d(Op):
     def shape(self, node, inputs, params):
         n, c, _, _ = inputs[0]
         return (n, c, *node.attrs["size"])
+
+    def elementwise(self, graph, node, wanted):
+        """Each input is added once, or nearly."""
+        ratio = graph.values[node.inputs[0]].size / graph.values[node.name].size
+        return (ratio + 1, (ratio + 1) * wanted.dx[0])
 
     def forward(self, node, x, p):
         import torch.nn.functional as F

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from modicum.cost import LayerCost
 from modicum.lower import Program
+from modicum.ops import OPS
 from modicum.plan import Plan
 from modicum.report.palette import KINDS
 from modicum.report.runs import plain
@@ -65,10 +66,10 @@ def status_of(program: Program, row: LayerCost) -> str:
 def picture_layers(p: Plan) -> list[Layer]:
     """One row per layer with parameters; nodes without any are counted with the layer before."""
     program = p.program
-    in_ram = {t.param: t.size for t in program.learned}
+    in_ram = {t.param: t.size for t in program.trained}
     rows: list[Layer] = []
     for row, node in zip(p.layers, program.graph.nodes, strict=True):
-        names = [node.params[role] for role in ("weight", "bias") if role in node.params]
+        names = [node.params[role] for role in OPS[node.op].roles if role in node.params]
         layer = Layer(
             name=plain(row.name),
             status=status_of(program, row),

@@ -200,7 +200,7 @@ class Stream:
                 why="it was saved with another dataset or another batch",
             )
         self.at = at
-        self.epochs = epochs
+        self.batch, self.epochs, self.seed = batch, epochs, seed
         self._arguments = (dataset, preprocess, batch)
         self._options: dict[str, Any] = {
             "seed": seed,

@@ -1,0 +1,151 @@
+"""Inverted residual blocks are found by their structure, and only they."""
+
+from __future__ import annotations
+
+import pytest
+from graphs import Builder
+
+from modicum.blocks import describe, find_blocks
+from modicum.errors import UsageError
+from modicum.graph import Graph
+from modicum.methods import Blocks, MobileTL
+
+
+def block(b: Builder, x: str, name: str, out: int, norms: bool = True, **more: object) -> str:
+    """An inverted residual block; `gate`, `residual`, `stride`, `expansion`, `acts`."""
+    c = b.shape(x)[1] * int(more.get("expansion", 3))
+    stride = int(more.get("stride", 1))
+    y = b.conv(x, c, 1, bias=not norms, name=f"{name}.expand")
+    y = b.norm(y, name=f"{name}.n1") if norms else y
+    y = b.add("hardswish", y, name=f"{name}.a1") if more.get("acts", True) else y
+    y = b.conv(y, c, 3, c, stride=(stride, stride), bias=not norms, name=f"{name}.dw")
+    y = b.norm(y, name=f"{name}.n2") if norms else y
+    y = b.relu(y, 0.0, 6.0, name=f"{name}.a2") if more.get("acts", True) else y
+    if more.get("gate"):
+        g = b.add("adaptive_avg_pool2d", y, name=f"{name}.pool", size=(1, 1))
+        g = b.relu(b.conv(g, 2, 1, name=f"{name}.reduce"), name=f"{name}.relu")
+        g = b.add("hardsigmoid", b.conv(g, c, 1, name=f"{name}.grow"), name=f"{name}.gate")
+        y = b.add("mul", g, y, name=f"{name}.scaled")
+    y = b.conv(y, out, 1, bias=not norms, name=f"{name}.project")
+    y = b.norm(y, name=f"{name}.n3") if norms else y
+    return b.add("add", x, y, name=f"{name}.add") if more.get("residual") else y
+
+
+def net(*blocks: dict[str, object]) -> Graph:
+    b = Builder(3, 8, 8)
+    x = b.relu(b.norm(b.conv("input", 4, name="stem"), name="stem.norm"), name="stem.act")
+    for i, more in enumerate(blocks):
+        x = block(b, x, f"b{i}", 4, **more)
+    x = b.relu(b.norm(b.conv(x, 6, 1, name="mix"), name="mix.norm"), name="mix.act")
+    x = b.add("adaptive_avg_pool2d", x, name="mean", size=(1, 1))
+    return b.graph(b.linear(b.flatten(x), 3, name="head"))
+
+
+KINDS: list[dict[str, object]] = [
+    {},
+    {"residual": True},
+    {"gate": True, "residual": True},
+    {"stride": 2, "gate": True},
+    {"norms": False, "residual": True},
+    {"acts": False},
+]
+
+
+def test_every_kind_of_block_is_found_with_its_parts():
+    found = find_blocks(net(*KINDS))
+    assert len(found) == len(KINDS)
+    for i, (b, kind) in enumerate(zip(found, KINDS, strict=True)):
+        assert (b.expand, b.depthwise, b.project) == (f"b{i}.expand", f"b{i}.dw", f"b{i}.project")
+        norms = kind.get("norms", True)
+        assert b.internal_norms == ((f"b{i}.n1", f"b{i}.n2") if norms else ())
+        assert b.last_norm == (f"b{i}.n3" if norms else None)
+        assert b.activations == ((f"b{i}.a1", f"b{i}.a2") if kind.get("acts", True) else ())
+        assert bool(b.gate) == bool(kind.get("gate")) and b.residual == bool(kind.get("residual"))
+        assert b.nodes[0] == b.expand and set(b.gate) <= set(b.nodes)
+
+
+def test_the_name_is_the_module_that_holds_the_block():
+    (b,) = find_blocks(net({}))
+    assert b.name == "b0"
+
+
+@pytest.mark.parametrize("what", ["separable", "bottleneck", "second reader", "pool inside"])
+def test_what_only_looks_like_a_block_is_none(what):
+    b = Builder(4, 8, 8)
+    y = b.relu(b.conv("input", 8, 1)) if what != "separable" else "input"
+    groups = 1 if what == "bottleneck" else b.shape(y)[1]
+    inside = y
+    y = b.relu(b.conv(y, b.shape(y)[1], 3, groups))
+    if what == "pool inside":
+        y = b.add("avg_pool2d", y, kernel=(2, 2), stride=(2, 2), pad=(0, 0), ceil=False,
+                  include_pad=True, divisor=0)  # fmt: skip
+    y = b.conv(y, 4, 1)
+    if what == "second reader":
+        y = b.add("concat", y, inside, dim=1)
+    assert find_blocks(b.graph(b.linear(b.flatten(y), 2))) == ()
+    assert describe(()).startswith("none")
+
+
+# ---- what MobileTL makes of them -------------------------------------------------------------
+
+
+def test_mobiletl_trains_shifts_inside_and_whole_norms_after_the_projection():
+    graph = net({}, {"gate": True, "residual": True})
+    chosen = MobileTL(blocks=1).select(graph)
+    names = {u.param for u in chosen.updates}
+    inside = {f"b1.{n}.bias" for n in ("n1", "n2", "n3")} | {"b1.n3.weight"}
+    convs = {f"b1.{n}.weight" for n in ("expand", "dw", "project", "reduce", "grow")}
+    gate = {"b1.reduce.bias", "b1.grow.bias"}
+    after = {"mix.weight", "mix.bias", "mix.norm.bias", "head.weight", "head.bias"}
+    assert names == inside | convs | gate | after
+    assert chosen.sign == ("b1.a1", "b1.a2", "mix.act")  # not the gate's relu
+    assert chosen.batch_norms == ()
+    batch = MobileTL(blocks=2, last_norm="batch").select(graph)
+    assert batch.batch_norms == ("b0.n3", "b1.n3")
+
+
+def test_each_part_of_mobiletl_can_be_left_out():
+    graph = net({})
+    exact = MobileTL(blocks=1, shift_only=False, sign_backward=False).select(graph)
+    assert exact == Blocks(blocks=1, norms="affine").select(graph)
+    assert MobileTL(blocks=1, shift_only=False).select(graph).updates == exact.updates
+    assert MobileTL(blocks=1, sign_backward=False).select(graph).sign == ()
+
+
+def test_exact_blocks_follow_the_batch_in_all_their_norms():
+    chosen = Blocks(blocks=1).select(net({}, {}))
+    assert chosen.batch_norms == ("b1.n1", "b1.n2", "b1.n3", "mix.norm")
+    assert chosen.sign == ()
+
+
+def test_a_folded_norm_has_only_its_shift_and_that_is_the_bias():
+    graph = net({"norms": False})
+    names = {u.param for u in MobileTL(blocks=1).select(graph).updates}
+    assert {"b0.expand.bias", "b0.dw.bias", "b0.project.bias"} <= names
+
+
+def test_more_blocks_than_there_are_is_an_error_that_names_those_there_are():
+    with pytest.raises(UsageError, match="has 2 inverted residual blocks, not 3") as caught:
+        MobileTL(blocks=3).select(net({}, {}))
+    assert "found 2: b0, b1" in str(caught.value)
+    b = Builder(4)
+    with pytest.raises(UsageError, match="has 0") as caught:
+        Blocks(blocks=1).select(b.graph(b.linear("input", 2)))
+    assert "none: no expand 1x1" in str(caught.value)
+
+
+def test_batch_statistics_that_are_asked_for_need_a_norm():
+    b = Builder(3, 8, 8)
+    x = block(b, block(b, "input", "b0", 4, norms=False), "b1", 4, norms=False)
+    graph = b.graph(b.linear(b.flatten(x), 3, name="head"))
+    with pytest.raises(UsageError, match="no batch norms"):
+        MobileTL(blocks=1, last_norm="batch").select(graph)
+    assert Blocks(blocks=1).select(graph).batch_norms == ()  # as PyTorch trains it: exactly
+
+
+def test_smaller_variants_have_fewer_blocks_and_end_with_the_last_layer():
+    method, seen = MobileTL(blocks=3, last_norm="batch"), []
+    while method is not None:
+        seen.append((method.kind, getattr(method, "blocks", None)))
+        method = method.smaller()
+    assert seen[:4] == [("mobiletl", 3), ("mobiletl", 2), ("mobiletl", 1), ("last", None)]
