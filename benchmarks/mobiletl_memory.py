@@ -69,10 +69,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     blocks = [row for name in BLOCKS for row in block(name)]
-    _print(blocks, ("block", "update", "planned_mb", "measured_mb", "less", "paper_mb", "paper_less"))
+    _print(
+        blocks, ("block", "update", "planned_mb", "measured_mb", "less", "paper_mb", "paper_less")
+    )
     net = network()
     print()
-    keys = ("update", "method", "forward_m", "backward_m", "less", "macs_less", "kept_mb", "kept_less")
+    keys = (
+        "update",
+        "method",
+        "forward_m",
+        "backward_m",
+        "less",
+        "macs_less",
+        "kept_mb",
+        "kept_less",
+    )
     _print(net, (*keys, "paper"))
     if args.json:
         data = {
@@ -176,7 +187,13 @@ def _cell(value: Any, key: str) -> str:
         return ""
     if isinstance(value, str):
         return value
-    return f"{value:.1%}" if key.endswith("less") else f"{value:.3f}" if key.endswith("mb") else f"{value:.1f}"
+    return (
+        f"{value:.1%}"
+        if key.endswith("less")
+        else f"{value:.3f}"
+        if key.endswith("mb")
+        else f"{value:.1f}"
+    )
 
 
 if __name__ == "__main__":

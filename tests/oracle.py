@@ -74,7 +74,9 @@ def run_node(
         case "hardswish":
             return F.hardswish(x[0])
         case "hardsigmoid":
-            return F.relu6(x[0] + 3.0) / 6.0  # PyTorch divides by a float 6 in double, too
+            if x[0].dtype == torch.float32:
+                return F.hardsigmoid(x[0])
+            return F.relu6(x[0] + 3.0) / 6.0  # PyTorch's double one divides by a float 6
         case "sigmoid":
             return torch.sigmoid(x[0])
         case "silu":

@@ -264,6 +264,7 @@ def _conv2d(r: _Reader, fx: Any) -> None:
     )  # fmt: skip
     kernel = tuple(weight.meta["val"].shape)[2:]
     weight, eps = r.standardised.get(getattr(weight, "name", ""), (weight, 0.0))
+    more: dict[str, Any] = {"standardise": eps} if eps else {}
     dilation = _pair(dilation)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -288,7 +289,7 @@ def _conv2d(r: _Reader, fx: Any) -> None:
         padding=pads,
         dilation=dilation,
         groups=int(groups),
-        **({"standardise": eps} if eps else {}),
+        **more,
     )
 
 

@@ -330,6 +330,19 @@ def compare(
 
 
 @command()
+def cost(
+    plan: PlanFile,
+    batch: Annotated[int, typer.Option(help="Samples that pass at once.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """MACs, FLOPs and kept bytes of a plan, by layer and by block."""
+    from modicum.accounting import account
+
+    made = account(_plan(plan), batch)
+    _show(as_json, made.model_dump(mode="json"), str(made))
+
+
+@command()
 def report(
     plan: PlanFile,
     traces: Annotated[

@@ -697,9 +697,9 @@ class _Lowering:
         trained = self.trained[node.params["weight"]]
         rows, entries, eps = trained.shape[0], trained.size // trained.shape[0], standardised(node)
         if trained.layout != "hwc":
-            w = Buf(trained.buffer, rows=entries if looped else 0)
+            weight = Buf(trained.buffer, rows=entries if looped else 0)
             n: Arg = Expr("row_end - row") if looped else rows
-            return (Call("mo_standardise_dw", (Buf(grad, "rw"), w, n, entries, eps)),)
+            return (Call("mo_standardise_dw", (Buf(grad, "rw"), weight, n, entries, eps)),)
         w, g = (self._workspace(name, trained) for name in ("turned", "g turned"))
         return (
             Call("mo_transpose", (Buf(w, "w"), Buf(trained.buffer), entries, rows)),

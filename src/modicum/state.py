@@ -46,8 +46,8 @@ def _derive(d: Derived, shape: tuple[int, ...], state: State) -> Array:
     if d.kind == "standardise":
         w = get["weight"]
         axes = tuple(range(1, w.ndim))
-        centred = w - w.mean(axes, keepdims=True)
-        return (centred / np.sqrt(w.var(axes, keepdims=True) + d.eps)).astype(np.float32)
+        standard = (w - w.mean(axes, keepdims=True)) / np.sqrt(w.var(axes, keepdims=True) + d.eps)
+        return np.asarray(standard, dtype=np.float32)
     rstd = 1.0 / np.sqrt(get["bn_var"] + d.eps)
     if d.kind == "rstd":
         return rstd.astype(np.float32)

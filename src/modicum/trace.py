@@ -29,11 +29,12 @@ class Trace:
     """One run of training and prediction.
 
     losses[i] is the loss of the i-th training sample, taken before the update that it causes.
-    `order` gives the indices of the samples that were used.  `logits_before` and `logits_after`
-    are the outputs on the test set, `tensors[name][i]` a trained slice after step i (only if
-    asked for), in PyTorch's layout.  `figures` holds what was measured, with its unit in the
-    name: arena_high_water, stack_high_water, text, data, bss, ram (bytes), instructions_train,
-    instructions_predict, seconds, peak_rss (bytes).
+    `order` gives the indices of the samples that were used; it is empty where a stream made
+    them.  `logits_before` and `logits_after` are the outputs on the test set, `tensors[name][i]`
+    a trained slice after step i (only if asked for), in PyTorch's layout.  `figures` holds what
+    was measured, with its unit in the name: arena_high_water, stack_high_water, text, data, bss,
+    ram (bytes), instructions_train, instructions_predict, seconds, seconds_per_step (median),
+    peak_rss (bytes).
     """
 
     where: str

@@ -19,6 +19,7 @@ pages where they do not match, and what stands between `<!-- results: NAME -->` 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -274,20 +275,133 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("RAM measured, KiB", "ram", "K"),
         ("RAM planned, KiB", "ram_planned", "K"),
     ),
+    "mobiletl_blocks": (
+        ("block", "block", ""),
+        ("update", "update", ""),
+        ("kept, planned, MB", "planned_mb", ".2f"),
+        ("kept, measured, MB", "measured_mb", ".2f"),
+        ("less", "less", ".1%"),
+        ("paper, MB", "paper_mb", ".2f"),
+        ("paper, less", "paper_less", ".1%"),
+    ),
+    "mobiletl_memory": (
+        ("trained", "update", ""),
+        ("method", "method", ""),
+        ("forward, M FLOPs", "forward_m", ",.1f"),
+        ("backward, M FLOPs", "backward_m", ",.1f"),
+        ("FLOPs, less", "less", ".1%"),
+        ("MACs alone, less", "macs_less", ".1%"),
+        ("kept, MB", "kept_mb", ".1f"),
+        ("kept, less", "kept_less", ".1%"),
+        ("paper", "paper", ""),
+    ),
+    "mobiletl_accuracy": (
+        ("net", "net", ""),
+        ("update", "update", ""),
+        ("accuracy, %", "accuracy", ".1f"),
+        ("95 % interval, +-", "interval", ".1f"),
+        ("below the best exact", "below_exact", ".1f"),
+        ("kept, batch 8, MB", "saved_mb", ".2f"),
+        ("step, ms", "step_ms", ".1f"),
+        ("plain PyTorch, ms", "plain_ms", ".1f"),
+        ("ratio", "ratio", ".2f"),
+    ),
+    "pareto": (
+        ("method", "method", ""),
+        ("accuracy, %", "accuracy", ".1f"),
+        ("95 % interval, +-", "interval", ".1f"),
+        ("kept, batch 8, KiB", "saved_kib", ",.0f"),
+        ("added memory, KiB", "memory_kib", ",.0f"),
+        ("dynamic, board, KiB", "dynamic_kib", ",.0f"),
+        ("RAM, board, KiB", "ram_kib", ",.0f"),
+        ("backward, M MACs", "backward", "M"),
+        ("step, ms", "step_ms", ".1f"),
+        ("learning rate", "rate", "g"),
+    ),
 }
+SOURCES = {"headline": ("host_step", "rows"), "mobiletl_blocks": ("mobiletl_memory", "blocks")}
+"""Sections that are not the `rows` of the file of their name: file and key."""
 
 
 def with_results(text: str) -> str:
     """A page with its generated sections as benchmarks/results has them."""
     for name in (*TABLES, "headline"):
         begin, end = f"<!-- results: {name} -->", f"<!-- end: {name} -->"
-        source = "host_step" if name == "headline" else name
+        source, _ = SOURCES.get(name, (name, "rows"))
         if begin in text and (RESULTS / f"{source}.json").exists():
             before, _, rest = text.partition(begin)
             after = rest.partition(end)[2]
             section = _headline() if name == "headline" else _table(name)
             text = f"{before}{begin}\n\n{section}\n\n{end}{after}"
+    begin, end = "<!-- generated: methods -->", "<!-- end: methods -->"
+    if begin in text:
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{_methods()}\n\n{end}{rest.partition(end)[2]}"
     return text
+
+
+def _methods() -> str:
+    """The reference of all methods, from their docstrings and fields."""
+    from modicum.methods import METHODS
+
+    parts = []
+    for kind, cls in METHODS.items():
+        body = inspect.cleandoc(cls.__doc__ or "")
+        fields = {k: f for k, f in cls.model_fields.items() if k != "kind"}
+        lines = [f"### {kind}", "", f"`mo.{cls.__name__}`", "", _markdown(body)]
+        if fields:
+            schema = cls.model_json_schema()["properties"]
+            lines += ["", "| field | default | values |", "|---|---|---|"]
+            for name, f in fields.items():
+                default = "required" if f.is_required() else f"`{json.dumps(_plain(f.default))}`"
+                lines.append(f"| `{name}` | {default} | {_values(schema[name])} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _markdown(text: str) -> str:
+    """Doctest lines become a code block; bullets and paragraphs stay."""
+    lines, code = [], False
+    for line in text.splitlines():
+        starts = line.startswith(">>> ")
+        if starts and not code:
+            lines.append("```python norun")
+        if code and not line:
+            lines.append("```")
+        code = starts or (code and bool(line))
+        lines.append(line.removeprefix(">>> "))
+    return "\n".join([*lines, "```"] if code else lines)
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """The values that a field takes, from its JSON schema."""
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return " or ".join(_values(part) for part in schema[key])
+    if "enum" in schema:
+        return ", ".join(f"`{json.dumps(v)}`" for v in schema["enum"])
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    text = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true or false",
+        "array": "list",
+        "object": "mapping",
+        "null": "null",
+    }.get(schema.get("type", ""), "text")
+    signs = {
+        "minimum": "from",
+        "exclusiveMinimum": "above",
+        "maximum": "to",
+        "exclusiveMaximum": "below",
+    }
+    bounds = [f"{word} {schema[k]}" for k, word in signs.items() if k in schema]
+    return " ".join([text, *bounds])
 
 
 def _headline() -> str:
@@ -307,13 +421,14 @@ def _headline() -> str:
 
 
 def _table(name: str) -> str:
-    data = json.loads((RESULTS / f"{name}.json").read_text())
+    source, key = SOURCES.get(name, (name, "rows"))
+    data = json.loads((RESULTS / f"{source}.json").read_text())
     columns = TABLES[name]
     lines = [f"`{data['command']}`", ""] if "command" in data else []
     lines.append("| " + " | ".join(title for title, _, _ in columns) + " |")
     lines.append("|" + "".join("---|" if not f else "---:|" for _, _, f in columns))
-    for row in data["rows"]:
-        cells = [_cell(row, key, form) for _, key, form in columns]
+    for row in data[key]:
+        cells = [_cell(row, k, form) for _, k, form in columns]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

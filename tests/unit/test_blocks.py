@@ -3,43 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from graphs import Builder
+from graphs import Builder, inverted_residual
+from graphs import blocks_net as net
 
 from modicum.blocks import describe, find_blocks
 from modicum.errors import UsageError
-from modicum.graph import Graph
 from modicum.methods import Blocks, MobileTL
-
-
-def block(b: Builder, x: str, name: str, out: int, norms: bool = True, **more: object) -> str:
-    """An inverted residual block; `gate`, `residual`, `stride`, `expansion`, `acts`."""
-    c = b.shape(x)[1] * int(more.get("expansion", 3))
-    stride = int(more.get("stride", 1))
-    y = b.conv(x, c, 1, bias=not norms, name=f"{name}.expand")
-    y = b.norm(y, name=f"{name}.n1") if norms else y
-    y = b.add("hardswish", y, name=f"{name}.a1") if more.get("acts", True) else y
-    y = b.conv(y, c, 3, c, stride=(stride, stride), bias=not norms, name=f"{name}.dw")
-    y = b.norm(y, name=f"{name}.n2") if norms else y
-    y = b.relu(y, 0.0, 6.0, name=f"{name}.a2") if more.get("acts", True) else y
-    if more.get("gate"):
-        g = b.add("adaptive_avg_pool2d", y, name=f"{name}.pool", size=(1, 1))
-        g = b.relu(b.conv(g, 2, 1, name=f"{name}.reduce"), name=f"{name}.relu")
-        g = b.add("hardsigmoid", b.conv(g, c, 1, name=f"{name}.grow"), name=f"{name}.gate")
-        y = b.add("mul", g, y, name=f"{name}.scaled")
-    y = b.conv(y, out, 1, bias=not norms, name=f"{name}.project")
-    y = b.norm(y, name=f"{name}.n3") if norms else y
-    return b.add("add", x, y, name=f"{name}.add") if more.get("residual") else y
-
-
-def net(*blocks: dict[str, object]) -> Graph:
-    b = Builder(3, 8, 8)
-    x = b.relu(b.norm(b.conv("input", 4, name="stem"), name="stem.norm"), name="stem.act")
-    for i, more in enumerate(blocks):
-        x = block(b, x, f"b{i}", 4, **more)
-    x = b.relu(b.norm(b.conv(x, 6, 1, name="mix"), name="mix.norm"), name="mix.act")
-    x = b.add("adaptive_avg_pool2d", x, name="mean", size=(1, 1))
-    return b.graph(b.linear(b.flatten(x), 3, name="head"))
-
 
 KINDS: list[dict[str, object]] = [
     {},
@@ -136,7 +105,9 @@ def test_more_blocks_than_there_are_is_an_error_that_names_those_there_are():
 
 def test_batch_statistics_that_are_asked_for_need_a_norm():
     b = Builder(3, 8, 8)
-    x = block(b, block(b, "input", "b0", 4, norms=False), "b1", 4, norms=False)
+    x = inverted_residual(
+        b, inverted_residual(b, "input", "b0", 4, norms=False), "b1", 4, norms=False
+    )
     graph = b.graph(b.linear(b.flatten(x), 3, name="head"))
     with pytest.raises(UsageError, match="no batch norms"):
         MobileTL(blocks=1, last_norm="batch").select(graph)

@@ -282,7 +282,7 @@ def test_a_norm_joins_its_convolution_where_the_weight_is_trained_whole():
     sliced = Update(param="stem.weight", slice=Slice(out=(0, 1)))
     batch = Selection(updates=(Update(param="stem.weight"),), batch_norms=("norm",))
     for selection in (Selection(updates=(sliced,)), batch):
-        assert [n.op for n in prepare(graph, selection).nodes][0] == "conv2d"
+        assert next(n.op for n in prepare(graph, selection).nodes) == "conv2d"
 
 
 def test_the_scale_of_a_norm_needs_nothing_beside_what_the_weight_needs():

@@ -34,5 +34,6 @@ __all__ = [
     "Last",
     "Method",
     "MobileTL",
-    *("Norm", "TinyTL"),
+    "Norm",
+    "TinyTL",
 ]

@@ -9,7 +9,7 @@ from modicum.ops.base import Buf, Call, Kept, Op, channels_last
 
 
 class Mul(Op):
-    """Inputs (gate, x): the gate has x's shape, or (n, channels, 1, 1)."""
+    """Product of two values of one shape, or of a gate per channel and an image."""
 
     name = "mul"
 

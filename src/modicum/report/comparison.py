@@ -120,7 +120,9 @@ class Comparison(Frozen):
         b = self.budget
         shape = "x".join(map(str, self.input[1:]))
         augment = "no augmentation" if b.augment is None else f"augmented ({b.augment.crop})"
-        optimizer = str(b.optimizer) if len(self.rates) == 1 else f"{b.optimizer.kind}"
+        optimizer = str(b.optimizer)
+        if len(self.rates) > 1:
+            optimizer = optimizer.replace(f"lr={b.optimizer.lr:g}", "lr=best")
         return [
             f"{len(self.classes)} classes, {self.train:,} training and {self.test:,} test images, "
             f"{shape}",
