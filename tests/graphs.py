@@ -177,6 +177,22 @@ def _norm(draw: st.DrawFn, b: Builder, x: str) -> str:
     return b.norm(x, affine=draw(st.booleans()))
 
 
+def _conv_norm(draw: st.DrawFn, b: Builder, x: str) -> str:
+    """A convolution and its norm, at times with an activation: two that lowering makes one of."""
+    c = b.shape(x)[1]
+    depthwise = c > 1 and draw(st.booleans())
+    out, kernel = (c, 3) if depthwise else (draw(st.integers(1, 9)), draw(st.sampled_from([1, 3])))
+    stride = (draw(st.integers(1, 2)), 1)
+    groups = c if depthwise else 1
+    y = b.conv(x, out, kernel, groups, stride=stride, bias=not draw(st.integers(0, 3)))
+    y = b.norm(y, affine=bool(draw(st.integers(0, 3))))
+    return draw(
+        st.sampled_from(
+            [lambda y: y, lambda y: _clamp(draw, b, y), lambda y: b.add("hardswish", y)]
+        )
+    )(y)
+
+
 def _clamp(draw: st.DrawFn, b: Builder, x: str) -> str:
     lo, hi = draw(st.sampled_from([(0.0, None), (0.0, 6.0), (-1.0, 1.0), (0.0, 0.5)]))
     return b.relu(x, lo, hi)
@@ -288,7 +304,7 @@ def _linear(draw: st.DrawFn, b: Builder, x: str) -> str:
 
 
 IMAGE: list[Grow] = [
-    _conv, _conv, _pointwise, _norm, _norm, _clamp, _clamp, _max_pool, _avg_pool, _adaptive, _add,
+    _conv, _conv, _conv_norm, _conv_norm, _conv_norm, _pointwise, _norm, _norm, _clamp, _clamp, _max_pool, _avg_pool, _adaptive, _add,
     _add, _concat, _reshape, _activation, _activation, _group_norm, _gate, _mul, _resize,
 ]  # fmt: skip
 FLAT: list[Grow] = [
@@ -337,6 +353,7 @@ def selections(draw: st.DrawFn, graph: Graph, slices: bool = True, modes: bool =
     if not draw(st.integers(0, 3)):
         chosen = names
     updates = []
+    slices = slices and draw(st.booleans())
     for name in names:
         if name in chosen:
             part = draw(_slices(graph, name)) if slices else Slice()

@@ -244,6 +244,13 @@ def difference(
     return worst
 
 
+def kept_bytes(plan: Plan) -> int:
+    """What autograd has to keep: without statistics that only follow the batch."""
+    idle = [n.name for n in plan.program.graph.nodes if not plan.program.wanted[n.name].any]
+    rows = (row for row in plan.layers if row.name in idle)
+    return plan.cost.saved - sum(n for row in rows for kind, n, _ in row.kept if kind == "stats")
+
+
 def held_bytes(tuned: nn.Module, x: Tensor) -> int:
     """Bytes of all storages that autograd keeps between the passes, parameters not counted."""
     own = [*tuned.parameters(), *tuned.buffers()]

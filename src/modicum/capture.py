@@ -163,6 +163,8 @@ class _Reader:
             why = "a constant operand"
             if fx_name in self.pads:
                 why = "padding that is not followed by a convolution"
+            elif fx_name in self.state_names:
+                why = "a parameter as an operand"
             elif fx_name in self.standardised:
                 why = "a layer norm of a parameter that is not a convolution's weight"
             raise _Unsupported(why)

@@ -854,12 +854,13 @@ class _Lowering:
         for i, v in enumerate(node.inputs):
             if not wanted.dx[i]:
                 continue
+            last = not any(wanted.dx[i + 1 :])  # until then dy is still to be read
             if op.passes_gradient(self.graph, node):
-                self._pass_on(node, v, dy, last=not any(wanted.dx[i + 1 :]))
+                self._pass_on(node, v, dy, last)
             elif op.dx_inplace(self.graph, node, i):
-                self._in_place(node, i, v, dy)
+                self._in_place(node, i, v, dy, last)
             else:
-                self._computed(node, i, v, dy)
+                self._computed(node, i, v, dy, last)
 
     def _pass_on(self, node: Node, v: str, dy: str, last: bool) -> None:
         """The gradient of v is dy itself: share the buffer, or add it to what v has.
@@ -874,7 +875,7 @@ class _Lowering:
         args = (Buf(mine, "rw"), Buf(mine), Buf(dy), n, Expr("MO_NO_LO"), Expr("MO_NO_HI"))
         self._step("backward", node.name, Call("mo_add", args))
 
-    def _in_place(self, node: Node, i: int, v: str, dy: str) -> None:
+    def _in_place(self, node: Node, i: int, v: str, dy: str, last: bool) -> None:
         """An elementwise gradient: over dy where nothing else needs dy."""
         size = self.graph.values[v].bytes
         if v not in self.grad:
@@ -885,9 +886,9 @@ class _Lowering:
             return
         part = self._buffer(f"d:{v}", size, "gradient", value=v)
         self._dx_step(node, i, dy, part, accumulate=False)
-        self._add_to(node, v, part)
+        self._add_to(node, v, part, "" if last else dy)
 
-    def _computed(self, node: Node, i: int, v: str, dy: str) -> None:
+    def _computed(self, node: Node, i: int, v: str, dy: str, last: bool) -> None:
         """A gradient with a buffer of its own, or added to what v has."""
         size = self.graph.values[v].bytes
         if v not in self.grad:
@@ -899,7 +900,7 @@ class _Lowering:
         else:
             part = self._buffer(f"d:{v}", size, "gradient", value=v)
             self._dx_step(node, i, dy, part, accumulate=False)
-            self._add_to(node, v, part)
+            self._add_to(node, v, part, "" if last else dy)
 
     def _dx_step(self, node: Node, i: int, dy: str, dx: str, accumulate: bool) -> None:
         operands = self._operands("backward", node)
@@ -936,8 +937,9 @@ class _Lowering:
         self._own(v, copy)
         return copy
 
-    def _add_to(self, node: Node, v: str, part: str) -> None:
-        mine = self._writable(node, v)
+    def _add_to(self, node: Node, v: str, part: str, dy: str) -> None:
+        """Add `part` to v's gradient, which may not be written where it lies in `dy`."""
+        mine = self._writable(node, v, dy)
         n = self.graph.values[v].size
         args = (Buf(mine, "rw"), Buf(mine), Buf(part), n, Expr("MO_NO_LO"), Expr("MO_NO_HI"))
         self._step("backward", node.name, Call("mo_add", args))

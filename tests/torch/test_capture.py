@@ -123,7 +123,7 @@ def test_what_the_output_does_not_need_is_left_out():
 
 def test_all_unsupported_operators_are_listed_at_once_with_their_modules():
     model = seq(
-        nn.Conv2d(3, 4, 3), nn.Sigmoid(), seq(nn.Conv2d(4, 4, 1), nn.GELU()),
+        nn.Conv2d(3, 4, 3), nn.Tanh(), seq(nn.Conv2d(4, 4, 1), nn.GELU()),
         nn.ConvTranspose2d(4, 2, 2), nn.LayerNorm(5), nn.Softmax(1),
     )  # fmt: skip
     with pytest.raises(UnsupportedOperator, match="5 operators") as caught:
@@ -132,7 +132,7 @@ def test_all_unsupported_operators_are_listed_at_once_with_their_modules():
     listed = caught.value.details["where"]
     assert [line.split(":")[0] for line in listed] == ["1", "2.1", "3", "4", "5"]
     for line, name in zip(
-        listed, ["sigmoid", "gelu", "conv_transpose2d", "layer_norm", "softmax"], strict=True
+        listed, ["tanh", "gelu", "conv_transpose2d", "layer_norm", "softmax"], strict=True
     ):
         assert name in line
 
@@ -152,7 +152,11 @@ def test_all_unsupported_operators_are_listed_at_once_with_their_modules():
         (lambda m, x: m.c(F.pad(x, (-1, 0))), "only zero padding"),
         (lambda m, x: F.max_pool2d(F.pad(m.c(x), (1, 1)), 2), "not followed by a convolution"),
         (lambda m, x: F.max_pool2d(m.c(x), 17, 1, 8), "windows of up to 256"),
-        (lambda m, x: F.conv2d(x, m.c.weight * 2, m.c.bias), "computed, not stored"),
+        (lambda m, x: F.conv2d(x, m.c.weight * 2, m.c.bias), "a parameter as an operand"),
+        (lambda m, x: m.c(x) * 2.0, "a constant operand"),
+        (lambda m, x: m.c(x) * m.c(x).mean(1, keepdim=True), "only the mean over height"),
+        (lambda m, x: m.c(x) * m.c(x)[:, :1], "slice"),
+        (lambda m, x: F.interpolate(m.c(x), 9, mode="bicubic"), "upsample_bicubic2d"),
         (lambda m, x: F.dropout(m.c(x), training=True), "dropout"),
         (lambda m, x: m.c(x.detach()), "detach"),
     ],
@@ -241,7 +245,7 @@ def test_an_example_that_is_no_tensor_with_samples_is_refused(example):
 
 
 def marked() -> nn.Module:
-    model = seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Sigmoid()).train()
+    model = seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Tanh()).train()
     model[1].eval()
     model[0].weight.requires_grad_(False)
     return model
