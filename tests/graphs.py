@@ -304,8 +304,9 @@ def _linear(draw: st.DrawFn, b: Builder, x: str) -> str:
 
 
 IMAGE: list[Grow] = [
-    _conv, _conv, _conv_norm, _conv_norm, _conv_norm, _pointwise, _norm, _norm, _clamp, _clamp, _max_pool, _avg_pool, _adaptive, _add,
-    _add, _concat, _reshape, _activation, _activation, _group_norm, _gate, _mul, _resize,
+    _conv, _conv, _conv_norm, _conv_norm, _conv_norm, _pointwise, _norm, _norm, _clamp, _clamp,
+    _max_pool, _avg_pool, _adaptive, _add, _add, _concat, _reshape, _activation, _activation,
+    _group_norm, _gate, _mul, _resize,
 ]  # fmt: skip
 FLAT: list[Grow] = [
     _linear, _linear, _norm, _clamp, _add, _add, _concat, _reshape, _activation, _group_norm, _mul,

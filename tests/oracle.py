@@ -245,10 +245,20 @@ def difference(
 
 
 def kept_bytes(plan: Plan) -> int:
-    """What autograd has to keep: without statistics that only follow the batch."""
-    idle = [n.name for n in plan.program.graph.nodes if not plan.program.wanted[n.name].any]
-    rows = (row for row in plan.layers if row.name in idle)
-    return plan.cost.saved - sum(n for row in rows for kind, n, _ in row.kept if kind == "stats")
+    """What autograd has to keep.
+
+    Not statistics that only follow the batch, and a value and its reshape once: in C a reshape
+    of an image moves its elements, in PyTorch it does not.
+    """
+    program, found = plan.program, {}
+    for node in program.graph.nodes:
+        for k in program.kept[node.name]:
+            value = k.value
+            while (by := program.graph.by_name.get(value)) is not None and by.op == "reshape":
+                value = by.inputs[0]
+            if k.kind != "stats" or program.wanted[node.name].any:
+                found[("value", value) if k.kind == "value" else (k.kind, node.name)] = k.bytes
+    return sum(found.values())
 
 
 def held_bytes(tuned: nn.Module, x: Tensor) -> int:

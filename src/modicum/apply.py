@@ -180,13 +180,11 @@ def _keep(k: Kept, node: Node, inputs: Sequence[Tensor], y: Tensor, aux: Tensor 
 
 
 def _restore(k: Kept, node: Node, t: Tensor, y_shape: tuple[int, ...]) -> Tensor:
-    """What the operator's backward takes: an activation gets its mask, a pool its codes."""
+    """What the operator's backward takes: masks and codes unpacked, the rest as it is."""
     if k.kind == "mask":
         return unpack_mask(t, y_shape)
     if k.kind == "code":
         return unpack_bits(t, k.bits, math.prod(y_shape)).reshape(y_shape).long()
-    if k.shared:
-        return OPS[node.op].mask(node, t)
     return t
 
 

@@ -302,6 +302,7 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("95 % interval, +-", "interval", ".1f"),
         ("below the best exact", "below_exact", ".1f"),
         ("kept, batch 8, MB", "saved_mb", ".2f"),
+        ("kept by plain PyTorch, MB", "plain_saved_mb", ".2f"),
         ("step, ms", "step_ms", ".1f"),
         ("plain PyTorch, ms", "plain_ms", ".1f"),
         ("ratio", "ratio", ".2f"),

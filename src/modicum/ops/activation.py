@@ -76,8 +76,13 @@ class _Swish(_Elementwise):
         return ~torch.signbit(source)
 
     def backward(self, node, dy, kept, p, wanted, x_shapes):
-        sign = node.attrs.get("sign")
-        return [dy * kept[0] if sign else self.exact(dy, kept[0])], {}
+        """From the input, or with `sign` from the mask or the output that has its signs."""
+        import torch
+
+        (k,) = kept
+        if not node.attrs.get("sign"):
+            return [self.exact(dy, k)], {}
+        return [dy * (k if k.dtype == torch.bool else self.mask(node, k))], {}
 
     def c_mask(self, graph, node, mask, source):
         return Call("mo_sign_pack", (mask, source, graph.values[node.name].size))

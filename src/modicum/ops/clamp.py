@@ -59,7 +59,18 @@ class Clamp(Op):
         return inside if hi is None else inside & (source < hi)
 
     def backward(self, node, dy, kept, p, wanted, x_shapes):
-        return [dy * kept[0]], {}
+        """From the mask, or from the output itself when that is what was kept."""
+        import torch
+
+        (k,) = kept
+        if k.dtype == torch.bool:
+            return [dy * k], {}
+        lo, hi = node.attrs["lo"], node.attrs["hi"]
+        if node.attrs.get("sign") or lo is None or (hi is None and lo != 0):
+            return [dy * self.mask(node, k)], {}
+        if hi is None:
+            return [torch.ops.aten.threshold_backward(dy, k, 0.0)], {}
+        return [torch.ops.aten.hardtanh_backward(dy, k, lo, hi)], {}
 
     def inplace(self, graph, node):
         return (0,)
