@@ -317,6 +317,7 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("RAM, board, KiB", "ram_kib", ",.0f"),
         ("backward, M MACs", "backward", "M"),
         ("step, ms", "step_ms", ".1f"),
+        ("learning rate", "rate", "g"),
     ),
 }
 SOURCES = {"headline": ("host_step", "rows"), "mobiletl_blocks": ("mobiletl_memory", "blocks")}
