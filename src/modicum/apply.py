@@ -41,10 +41,13 @@ class Tuned(nn.Module):
         self.nodes = plan.program.graph.nodes
         self._release = _last_uses(plan)
         self._boundary = _boundary(plan)
+        self._in_place = _frozen_clamps(plan)
         device = next(model.parameters()).device
         values = materialise(plan.program.graph, state_of(model))
         self._slices = {t.param: t.slice for t in plan.program.trained}
         self._slots = nn.ParameterDict()
+        # looked up at every node of every step, so neither by name nor by nn.Module's own search
+        self._keys = {name: _slot(name) for name in values}
         for name, value in values.items():
             s = self._slices.get(name)
             if s is not None:
@@ -88,6 +91,8 @@ class Tuned(nn.Module):
                 params = self._params(node, {})
                 if op.states and self.training:
                     return op.forward_saving(node, inputs, params)[0]
+                if node.name in self._in_place:
+                    return torch.clamp_(inputs[0], node.attrs["lo"], node.attrs["hi"])
                 return op.forward(node, inputs, params)
         if op.plain_autograd:
             return op.forward(node, inputs, {})
@@ -104,7 +109,7 @@ class Tuned(nn.Module):
         for role, name in node.params.items():
             s = self._slices.get(name)
             if s is None:
-                params[role] = getattr(self, _slot(name))
+                params[role] = self._buffers[self._keys[name]]
                 continue
             part = trained[role] if role in trained else self._slots[_slot(name)].detach()
             params[role] = part if s.whole else _overlay(getattr(self, _slot(name)), part, s)
@@ -234,6 +239,23 @@ def _last_uses(plan: Plan) -> dict[str, list[str]]:
         if users and name != graph.output:
             release[users[-1].name].append(name)
     return release
+
+
+def _frozen_clamps(plan: Plan) -> set[str]:
+    """Frozen clamps of a value that was made for them alone, which they may overwrite."""
+    graph, wanted = plan.program.graph, plan.program.wanted
+    clamps = (n for n in graph.nodes if n.op == "clamp" and not wanted[n.name].any)
+    makers = {n.name: graph.by_name.get(n.inputs[0]) for n in clamps}
+    fresh = ("conv2d", "linear", "batch_norm", "add")
+    return {
+        clamp
+        for clamp, maker in makers.items()
+        if maker is not None
+        and maker.op in fresh
+        and not wanted[maker.name].any
+        and len(graph.consumers[maker.name]) == 1
+        and not graph.by_name[clamp].attrs.get("sign")
+    }
 
 
 def _boundary(plan: Plan) -> set[str]:

@@ -93,6 +93,18 @@ class Conv2d(Op):
         )
 
     def backward(self, node, dy, kept, p, wanted, x_shapes):
+        padding, slices = _symmetric(node), wanted.params
+        if (
+            wanted.dx[0]
+            and "weight" in slices
+            and all(s.whole for s in slices.values())
+            and padding is not None
+            and not node.attrs.get("standardise")
+        ):  # all of it in one call
+            mask = (True, True, "bias" in slices)
+            args = (node, dy, kept[0], p["weight"], _groups(node), padding, mask)
+            dx, dw, db = _convolution_backward(*args)
+            return [dx], {"weight": dw, **({"bias": db} if "bias" in slices else {})}
         grads = {}
         if "bias" in wanted.params:
             db = dy.sum((0, 2, 3))
@@ -260,18 +272,21 @@ def _standardise_dw(node, dw, v):
 
 
 def _convolution_backward(node, dy, x, w, groups, padding, wanted):
+    """(dx, dw, db), None for what is not wanted."""
     import torch
+
+    with_bias = len(wanted) > 2 and wanted[2]
 
     return torch.ops.aten.convolution_backward(
         dy,
         x,
         w,
-        None,
+        [w.shape[0]] if with_bias else None,
         node.attrs["stride"],
         padding,
         node.attrs["dilation"],
         False,
         (0, 0),
         groups,
-        (*wanted, False),
+        (*wanted[:2], with_bias),
     )
