@@ -13,6 +13,7 @@ output is kept anyway.
 from __future__ import annotations
 
 from modicum.ops.base import Buf, Call, Kept, Op, mask_bytes
+from modicum.ops.clamp import not_negative
 
 
 class _Elementwise(Op):
@@ -64,16 +65,12 @@ class _Swish(_Elementwise):
         return (Kept("value", x.name, x.bytes, why="input, for the exact derivative"),)
 
     def forward(self, node, x, p):
-        import torch
-
         if not node.attrs.get("sign"):
             return self.function(x[0])
-        return torch.copysign(self.function(x[0]), x[0] + 0.0)
+        return self.function(x[0]).copysign_(x[0] + 0.0)
 
     def mask(self, node, source):
-        import torch
-
-        return ~torch.signbit(source)
+        return not_negative(source)
 
     def backward(self, node, dy, kept, p, wanted, x_shapes):
         """From the input, or with `sign` from the mask or the output that has its signs."""

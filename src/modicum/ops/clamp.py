@@ -21,6 +21,13 @@ def clamp_bounds(node: Node) -> tuple[Any, Any]:
     return (-0.0 if node.attrs.get("sign") else lo), hi
 
 
+def not_negative(t):
+    """Where the sign bit is clear; in one pass, which ~signbit is not."""
+    import torch
+
+    return t.view({4: torch.int32, 8: torch.int64}[t.element_size()]) >= 0
+
+
 class Clamp(Op):
     name = "clamp"
 
@@ -47,13 +54,13 @@ class Clamp(Op):
             y = torch.relu(x[0])
         else:
             y = torch.clamp(x[0], node.attrs["lo"], node.attrs["hi"])
-        return torch.copysign(y, x[0] + 0.0) if node.attrs.get("sign") else y
+        return y.copysign_(x[0] + 0.0) if node.attrs.get("sign") else y
 
     def mask(self, node, source):
         import torch
 
         if node.attrs.get("sign"):
-            return ~torch.signbit(source)
+            return not_negative(source)
         lo, hi = node.attrs["lo"], node.attrs["hi"]
         inside = torch.ones_like(source, dtype=torch.bool) if lo is None else source > lo
         return inside if hi is None else inside & (source < hi)
