@@ -316,7 +316,6 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("dynamic, board, KiB", "dynamic_kib", ",.0f"),
         ("RAM, board, KiB", "ram_kib", ",.0f"),
         ("backward, M MACs", "backward", "M"),
-        ("step, ms", "step_ms", ".1f"),
         ("learning rate", "rate", "g"),
     ),
 }

@@ -13,7 +13,7 @@ output is kept anyway.
 from __future__ import annotations
 
 from modicum.ops.base import Buf, Call, Kept, Op, mask_bytes
-from modicum.ops.clamp import not_negative
+from modicum.ops.clamp import not_negative, sign_backward
 
 
 class _Elementwise(Op):
@@ -79,7 +79,7 @@ class _Swish(_Elementwise):
         (k,) = kept
         if not node.attrs.get("sign"):
             return [self.exact(dy, k)], {}
-        return [dy * (k if k.dtype == torch.bool else self.mask(node, k))], {}
+        return [dy * k if k.dtype == torch.bool else sign_backward(dy, k)], {}
 
     def c_mask(self, graph, node, mask, source):
         return Call("mo_sign_pack", (mask, source, graph.values[node.name].size))

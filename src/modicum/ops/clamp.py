@@ -28,6 +28,13 @@ def not_negative(t):
     return t.view({4: torch.int32, 8: torch.int64}[t.element_size()]) >= 0
 
 
+def sign_backward(dy, k):
+    """dy * 1[the sign bit of k is clear], to the bit; several times as fast as with booleans."""
+    import torch
+
+    return dy * torch.copysign(torch.ones_like(k), k).relu_()
+
+
 class Clamp(Op):
     name = "clamp"
 
@@ -72,8 +79,10 @@ class Clamp(Op):
         (k,) = kept
         if k.dtype == torch.bool:
             return [dy * k], {}
+        if node.attrs.get("sign"):
+            return [sign_backward(dy, k)], {}
         lo, hi = node.attrs["lo"], node.attrs["hi"]
-        if node.attrs.get("sign") or lo is None or (hi is None and lo != 0):
+        if lo is None or (hi is None and lo != 0):
             return [dy * self.mask(node, k)], {}
         if hi is None:
             return [torch.ops.aten.threshold_backward(dy, k, 0.0)], {}
