@@ -115,7 +115,8 @@ def agrees(graph: Graph, selection: Selection, loss: str = "cross_entropy") -> N
     plan = mo.plan(captured, method=method, loss=loss)
     tuned = Tuned(model, plan)
     got = tuned_gradients(in_double(tuned, model), x.double(), y)
-    largest, where = difference(got, autograd_gradients(model, plan, x, y))
+    # what a later norm takes out again has no gradient but rounding
+    largest, where = difference(got, autograd_gradients(model, plan, x, y), floor=1e-3)
     assert largest < 1e-9, where
     assert held_bytes(tuned, x[:1].clone()) == kept_bytes(plan)
 
