@@ -10,7 +10,7 @@ from modicum.graph import Graph, Node, Param, Shape, Value
 from modicum.methods import Explicit
 from modicum.ops import OPS
 from modicum.optim import SGD, Adam
-from modicum.selection import Selection, Slice, Update, takes_sign
+from modicum.selection import Selection, Slice, Update
 
 
 class Builder:
@@ -362,7 +362,7 @@ def selections(draw: st.DrawFn, graph: Graph, slices: bool = True, modes: bool =
     norms, signs = [], []
     if modes:
         norms = [n.name for n in graph.nodes if n.op == "batch_norm" and _pixels(graph, n.name) > 1]
-        signs = [n.name for n in graph.nodes if takes_sign(n)]
+        signs = [n.name for n in graph.nodes if OPS[n.op].takes_sign(n)]
     batch = {n for n in norms if not draw(st.integers(0, 2))}
     sign = {n for n in signs if draw(st.booleans())}
     trained = [u for u in updates if u.slice.whole or not _batch_scale(graph, u.param, batch)]

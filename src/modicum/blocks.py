@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Sequence
 
 from modicum.graph import Frozen, Graph, Node
+from modicum.ops.conv2d import is_depthwise
 
 ACTIVATIONS = ("clamp", "hardswish", "hardsigmoid", "sigmoid", "silu")
 
@@ -100,8 +101,9 @@ def _block(graph: Graph, expand: Node) -> Block | None:
 def _gate(graph: Graph, node: Node) -> tuple[list[str], Node] | None:
     """Squeeze-and-excite on a value: the nodes of the gate's branch, and the product."""
     for product in graph.consumers[node.name]:
-        if product.op == "mul" and product.inputs[1] == node.name:
-            branch = _between(graph, node.name, product.inputs[0])
+        if product.op == "mul":  # of one pixel, either factor may come first
+            (other,) = [v for v in product.inputs if v != node.name] or [node.name]
+            branch = _between(graph, node.name, other)
             others = [c.name for c in graph.consumers[node.name] if c.name != product.name]
             if branch is not None and set(others) <= set(branch):
                 return branch, product
@@ -131,10 +133,7 @@ def _is_norm_or_act(node: Node) -> bool:
 
 
 def _depthwise(graph: Graph, node: Node) -> bool:
-    if node.op != "conv2d":
-        return False
-    out_c, in_g = graph.params[node.params["weight"]].shape[:2]
-    return in_g == 1 and node.attrs["groups"] == out_c and out_c > 1
+    return node.op == "conv2d" and is_depthwise(graph, node)
 
 
 def _pointwise(graph: Graph, node: Node) -> bool:

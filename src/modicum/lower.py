@@ -35,7 +35,7 @@ from modicum.ops.clamp import clamp_bounds
 from modicum.ops.conv2d import is_depthwise, standardised
 from modicum.ops.norm_conv2d import NormConv2d
 from modicum.optim import SGD, Adam
-from modicum.selection import Selection, Slice, Update, check_selection
+from modicum.selection import Selection, Slice, Update, check_selection, some
 
 Kind = Literal["weight", "optimizer", "accumulator", "activation", "saved", "gradient", "workspace"]
 Phase = Literal["forward", "save", "loss", "backward", "update"]
@@ -196,6 +196,7 @@ def lower(
     UsageError when the selection does not fit the graph.
     """
     check_selection(graph, selection)
+    _check_modes(graph, selection)
     shape = graph.shape(graph.output)
     if len(shape) != 2 and (loss != "mse" or len(shape) != 3):
         raise UsageError(
@@ -217,6 +218,37 @@ def lower_inference(graph: Graph) -> Program:
     kept: dict[str, tuple[Kept, ...]] = {n.name: () for n in prepared.nodes}
     low = _Lowering(prepared, {}, wanted, kept, SGD(), "cross_entropy", 1, "dx-first")
     return low.program(train=False)
+
+
+def _check_modes(graph: Graph, selection: Selection) -> None:
+    """`batch_norms` has to name batch norms, `sign` activations that a sign mask stands for."""
+    for name in selection.batch_norms:
+        _check_batch_norm(graph, name)
+    for name in selection.sign:
+        node = graph.by_name.get(name)
+        if node is None or not OPS[node.op].takes_sign(node):
+            able = [n.name for n in graph.nodes if OPS[n.op].takes_sign(n)]
+            raise UsageError(
+                f"{name!r} is no activation with a sign mask",
+                why="relu, relu6, hardswish and silu have one",
+                hint="the model's are " + (some(able) or "none"),
+            )
+
+
+def _check_batch_norm(graph: Graph, name: str) -> None:
+    node = graph.by_name.get(name)
+    if node is None or node.op != "batch_norm":
+        norms = [n.name for n in graph.nodes if n.op == "batch_norm"]
+        raise UsageError(
+            f"{name!r} is no batch norm",
+            hint="the model's are " + (some(norms) or "none: batch norms fold into convolutions"),
+        )
+    if not node.attrs["momentum"]:
+        raise UsageError(
+            f"{name!r} cannot follow the batch statistics",
+            why="its momentum is None or 0, so its running statistics would not move",
+            hint="set its momentum, for example to 0.1, before the capture",
+        )
 
 
 # ---- preparation -----------------------------------------------------------------------------
@@ -744,14 +776,15 @@ class _Lowering:
         dy = self.grad[node.name]
         self.pending[dy].discard(node.name)
         wanted = self.wanted[node.name]
-        if node.op == "norm_conv2d":
-            self._norm_conv_backward(node, dy)
+        for role in wanted.params:
+            if role not in ("weight", "scale"):
+                self._gradient(node, role, dy)
+        if "scale" in wanted.params:
+            self._with_scale(node, dy)
             return
-        biases = [r for r in wanted.params if r != "weight"]
-        for role in biases:
-            self._gradient(node, role, dy)
-        weight = "weight" in wanted.params
-        if not weight:
+        if node.op == "norm_conv2d":
+            dy = self._scaled(node, dy, copy=bool(self.pending[dy]))
+        if "weight" not in wanted.params:
             self._input_gradients(node, dy)
         elif self._gradient_first(node):
             grad = self._gradient(node, "weight", dy, update=False)
@@ -761,29 +794,17 @@ class _Lowering:
             self._input_gradients(node, dy)
             self._gradient(node, "weight", dy)
 
-    def _norm_conv_backward(self, node: Node, dy: str) -> None:
-        """The convolution is passed dy * scale * rstd; the scale's own gradient needs dy as it is.
+    def _with_scale(self, node: Node, dy: str) -> None:
+        """Weight, scale and input of a norm_conv2d whose scale is trained.
 
-        With the scale frozen this is a convolution's backward pass after a scaling of dy in
-        place.  With the scale trained the weight's gradient comes from dy, is finished row by
-        row, and gives the scale's gradient on the way; dx comes from a scaled copy, or, where
-        the whole gradient is computed first, from dy scaled in place.
+        The convolution is passed dy * scale * rstd; the scale's own gradient needs dy as it is.
+        So the weight's gradient comes from dy, is finished row by row, and gives the scale's
+        gradient on the way; dx comes from a scaled copy, or, where the whole gradient is computed
+        first, from dy scaled in place.
         """
         op = OPS[node.op]
         assert isinstance(op, NormConv2d)
         wanted = self.wanted[node.name]
-        if "shift" in wanted.params:
-            self._gradient(node, "shift", dy)
-        if "scale" not in wanted.params:
-            dy = self._scaled(node, dy, copy=bool(self.pending[dy]))
-            if self._gradient_first(node):
-                grad = self._gradient(node, "weight", dy, update=False)
-                self._input_gradients(node, dy)
-                self._update(node, "weight", grad)
-            else:
-                self._input_gradients(node, dy)
-                self._gradient(node, "weight", dy)
-            return
         scale = self.trained[node.params["scale"]]
         accumulate = self.accumulate > 1
         grad_scale = f"g:{scale.param}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from modicum.errors import UsageError
-from modicum.graph import Frozen, Graph, Node, Shape
+from modicum.graph import Frozen, Graph, Shape
 
 
 class Slice(Frozen):
@@ -76,14 +76,11 @@ class Selection(Frozen):
 
 
 def check_selection(graph: Graph, selection: Selection) -> None:
-    """Raise UsageError unless every update names a trainable parameter and channels it has.
-
-    `batch_norms` has to name batch norms, `sign` activations that a sign mask stands for.
-    """
+    """Raise UsageError unless every update names a trainable parameter and channels it has."""
     if not selection.updates:
         raise UsageError(
             "the method selects nothing to update",
-            hint="choose a larger method, or patterns that match: " + _some(graph.trainable()),
+            hint="choose a larger method, or patterns that match: " + some(graph.trainable()),
         )
     seen: set[str] = set()
     for update in selection.updates:
@@ -91,7 +88,7 @@ def check_selection(graph: Graph, selection: Selection) -> None:
         if param is None or not param.trainable:
             raise UsageError(
                 f"no trainable parameter is called {update.param!r}",
-                hint="the trainable parameters are " + _some(graph.trainable()),
+                hint="the trainable parameters are " + some(graph.trainable()),
             )
         if update.param in seen:
             raise UsageError(f"{update.param!r} is selected twice")
@@ -105,42 +102,8 @@ def check_selection(graph: Graph, selection: Selection) -> None:
                     f"{update.param!r} has no {side} channel {channels[-1]}",
                     why=f"its shape is {param.shape}",
                 )
-    for name in selection.batch_norms:
-        _check_batch_norm(graph, name)
-    for name in selection.sign:
-        node = graph.by_name.get(name)
-        if node is None or not takes_sign(node):
-            raise UsageError(
-                f"{name!r} is no activation with a sign mask",
-                why="relu, relu6, hardswish and silu have one",
-                hint="the model's are "
-                + (_some([n.name for n in graph.nodes if takes_sign(n)]) or "none"),
-            )
 
 
-def takes_sign(node: Node) -> bool:
-    """True for an activation whose derivative 1[a >= 0] approximates."""
-    if node.op == "clamp":
-        return bool(node.attrs["lo"] == 0)
-    return node.op in ("hardswish", "silu")
-
-
-def _check_batch_norm(graph: Graph, name: str) -> None:
-    node = graph.by_name.get(name)
-    if node is None or node.op != "batch_norm":
-        norms = [n.name for n in graph.nodes if n.op == "batch_norm"]
-        raise UsageError(
-            f"{name!r} is no batch norm",
-            hint="the model's are " + (_some(norms) or "none: batch norms fold into convolutions"),
-        )
-    if not node.attrs["momentum"]:
-        raise UsageError(
-            f"{name!r} cannot follow the batch statistics",
-            why="its momentum is None or 0, so its running statistics would not move",
-            hint="set its momentum, for example to 0.1, before the capture",
-        )
-
-
-def _some(names: list[str], most: int = 8) -> str:
+def some(names: list[str], most: int = 8) -> str:
     tail = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + tail

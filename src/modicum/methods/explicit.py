@@ -10,7 +10,8 @@ from pydantic import Field
 from modicum.errors import UsageError
 from modicum.graph import Frozen, Graph
 from modicum.methods.base import Method
-from modicum.selection import Selection, Slice, Update, takes_sign
+from modicum.ops import OPS
+from modicum.selection import Selection, Slice, Update
 
 
 class Channels(Frozen):
@@ -53,7 +54,7 @@ class Explicit(Method):
                 part = Slice(out=c.out, inp=c.inp if has_inputs else None)
                 updates.append(Update(param=name, slice=part))
         norms = [n.name for n in graph.nodes if n.op == "batch_norm"]
-        activations = [n.name for n in graph.nodes if takes_sign(n)]
+        activations = [n.name for n in graph.nodes if OPS[n.op].takes_sign(n)]
         return Selection(
             updates=tuple(updates),
             batch_norms=_matching(self.batch_norms, norms, "batch norm"),

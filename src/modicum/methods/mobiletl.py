@@ -11,7 +11,8 @@ from modicum.errors import UsageError
 from modicum.graph import Graph, Node
 from modicum.methods.base import Method
 from modicum.methods.last import Last
-from modicum.selection import Selection, Update, takes_sign
+from modicum.ops import OPS
+from modicum.selection import Selection, Update
 
 Norms = Literal["affine", "batch"]
 
@@ -61,7 +62,7 @@ class MobileTL(Method):
                     self.shift_only and internal and role == "weight"
                 ):
                     updates.append(Update(param=name))
-            if self.sign_backward and node.name not in gates and takes_sign(node):
+            if self.sign_backward and node.name not in gates and OPS[node.op].takes_sign(node):
                 sign.append(node.name)
         batch: tuple[str, ...] = ()
         if self.last_norm == "batch":

@@ -48,6 +48,9 @@ class _Elementwise(Op):
 class _Swish(_Elementwise):
     """x times a gate of x: keeps x for the exact derivative, a bit for the sign mask."""
 
+    def takes_sign(self, node):
+        return True
+
     def function(self, x):
         raise NotImplementedError
 

@@ -221,6 +221,10 @@ class Op:
         """The output, and the codes or statistics that `saved` lists."""
         return self.forward(node, x, p), None
 
+    def takes_sign(self, node: Node) -> bool:
+        """True for an activation whose derivative 1[a >= 0] of its input a may stand for."""
+        return False
+
     def mask(self, node: Node, source: torch.Tensor) -> torch.Tensor:
         """Where gradient passes, from the value that a kept mask is of."""
         raise NotImplementedError

@@ -48,6 +48,9 @@ class Clamp(Op):
         bounds = sum(b is not None for b in (node.attrs["lo"], node.attrs["hi"]))
         return (bounds, 1 if wanted.dx[0] else 0)
 
+    def takes_sign(self, node):
+        return bool(node.attrs["lo"] == 0)
+
     def saved(self, graph, node, wanted):
         if not wanted.dx[0]:
             return ()
