@@ -32,6 +32,7 @@ from typing import Any
 
 import backbones
 import torch
+from mobiletl_memory import held
 from torch import nn
 
 import modicum as mo
@@ -167,17 +168,7 @@ def plain_keeps(name: str) -> int:
     """Bytes that autograd keeps in plain PyTorch for the same three blocks, without parameters."""
     torch.manual_seed(0)
     net, x = pretrained(name), torch.randn(BATCH, 3, SIZE, SIZE)
-    made = plain(net, mo.capture(net, x))
-    own = {t.untyped_storage().data_ptr() for t in (*made.parameters(), *made.buffers())}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        kept[t.untyped_storage().data_ptr()] = t  # the reference keeps the address taken
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        made(x)
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+    return held(plain(net, mo.capture(net, x)), x)
 
 
 def plain(net: nn.Module, graph: mo.Graph) -> nn.Module:

@@ -328,6 +328,10 @@ CASES: list[Case] = [
     only("depthwise", "mobile", {"block.3.weight": {"out": (0, 1, 9)}, "block.4.*": None}),
     only("grouped", "groups", {"0.*": {"out": (0, 3, 4, 5)}, "2.*": {"out": (1, 6, 7)},
                                "4.*": {"out": (0, 1, 2, 9, 15)}}),
+    only("inside groups", "groups", {"0.weight": {"out": (0, 1, 5), "inp": (1,)},
+                                     "4.weight": {"out": (4, 5, 9, 10)}}),
+    only("one group", "groups", {"0.weight": {"out": (6, 7)}, "2.bias": None}, accumulate=2),
+    only("input channels", "groups", {"0.weight": {"inp": (0,)}, "6.weight": {"inp": (2, 9)}}),
     # linear layers
     only("out", "mlp", {"0.*": {"out": (8,)}, "2.weight": {"out": (0, 3)}}),
     only("in", "mlp", {"2.weight": {"inp": (0, 4, 8)}, "5.weight": {"inp": (6,)}}),
@@ -337,6 +341,11 @@ CASES: list[Case] = [
     only("scale", "norms", {"0.weight": None, "2.weight": {"out": (0, 5)}, "10.weight": None}),
     only("shift", "norms", {"0.bias": {"out": (1,)}, "2.bias": None, "10.*": {"out": (2, 3)}}),
     only("under a norm", "mobile", {"stem.0.weight": None, "block.3.weight": None}),
+    only("sliced scales", "curves", {"group.*": {"out": (0, 5)}, "flat.*": {"out": (1, 2, 7)}}),
+    only("sliced scales", "curves", {"a.bias": None, "group.weight": {"out": (2,)},
+                                     "flat.*": {"out": (0, 9)}}, accumulate=2),
+    Case("norms", Explicit(params={"0.weight": {"out": (0, 2)}, "2.*": {"out": (1, 4)}},
+                           batch_norms=("0", "2")), ADAM, 2, note="sliced scales"),
     # norms with batch statistics, activations with sign masks
     Case("gated", MobileTL(blocks=1), note="MobileTL"),
     Case("gated", MobileTL(blocks=2, last_norm="batch"), MOMENTUM, note="MobileTL batch"),

@@ -42,11 +42,6 @@ class Builder:
         self.values[name] = Value(name=name, shape=shape)
         return name
 
-    def remove(self, name: str) -> None:
-        """The last node."""
-        assert self.nodes.pop().name == name
-        del self.values[name]
-
     def shape(self, name: str) -> Shape:
         return self.values[name].shape
 
@@ -250,15 +245,7 @@ def _window(draw: st.DrawFn) -> dict[str, object]:
 def _max_pool(draw: st.DrawFn, b: Builder, x: str) -> str:
     dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
     window = _window(draw)
-    y = b.add("max_pool2d", x, **window, dilation=dilation)
-    for axis in (0, 1):  # a window of nothing but padding has no maximum
-        kernel, stride, pad = (window[key][axis] for key in ("kernel", "stride", "pad"))
-        for i in range(b.shape(y)[2 + axis]):
-            taps = [i * stride - pad + t * dilation[axis] for t in range(kernel)]
-            if not any(0 <= tap < b.shape(x)[2 + axis] for tap in taps):
-                b.remove(y)
-                raise ValueError("no maximum")
-    return y
+    return b.add("max_pool2d", x, **window, dilation=dilation)
 
 
 def _avg_pool(draw: st.DrawFn, b: Builder, x: str) -> str:
@@ -365,9 +352,8 @@ def selections(draw: st.DrawFn, graph: Graph, slices: bool = True, modes: bool =
         signs = [n.name for n in graph.nodes if OPS[n.op].takes_sign(n)]
     batch = {n for n in norms if not draw(st.integers(0, 2))}
     sign = {n for n in signs if draw(st.booleans())}
-    trained = [u for u in updates if u.slice.whole or not _batch_scale(graph, u.param, batch)]
     return Selection(
-        updates=tuple(trained or [Update(param=names[-1])]),
+        updates=tuple(updates),
         batch_norms=tuple(n for n in norms if n in batch),
         sign=tuple(n for n in signs if n in sign),
     )
@@ -378,28 +364,20 @@ def _pixels(graph: Graph, name: str) -> int:
     return shape[2] * shape[3] if len(shape) == 4 else 1
 
 
-def _batch_scale(graph: Graph, param: str, batch: set[str]) -> bool:
-    """A scale that can only be trained whole."""
-    return any(
-        role == "weight" and (node.name in batch or node.op == "group_norm")
-        for node, role in graph.users_of(param)
-    )
-
-
 def _slices(graph: Graph, name: str) -> st.SearchStrategy[Slice]:
     shape = graph.params[name].shape
     ((node, role),) = graph.users_of(name)
     if role == "weight" and node.attrs.get("standardise"):
         return st.just(Slice())
-    inp = st.none()
-    if len(shape) > 1 and node.attrs.get("groups", 1) == 1:
-        inp = _channels(shape[1])
+    inp = _channels(shape[1]) if len(shape) > 1 else st.none()
     return st.builds(Slice, out=_channels(shape[0]), inp=inp)
 
 
 def _channels(n: int) -> st.SearchStrategy[tuple[int, ...] | None]:
-    some = st.sets(st.integers(0, n - 1), min_size=1).map(lambda s: tuple(sorted(s)))
-    return st.none() | some
+    """None, or a few of them, or each or not."""
+    few = st.sets(st.integers(0, n - 1), min_size=1, max_size=3).map(lambda s: tuple(sorted(s)))
+    each = st.lists(st.booleans(), min_size=n, max_size=n).filter(any)
+    return st.none() | few | each.map(lambda flags: tuple(i for i in range(n) if flags[i]))
 
 
 optimizers = st.sampled_from(
@@ -423,6 +401,47 @@ def jobs(draw: st.DrawFn, most: int = 8) -> dict[str, object]:
         "optimizer": draw(optimizers),
         "loss": draw(st.sampled_from(["cross_entropy", "mse"])),
         "accumulate": draw(st.sampled_from([1, 1, 3])),
+    }
+
+
+@st.composite
+def sliced(draw: st.DrawFn) -> dict[str, object]:
+    """A job whose middle operator is trained in slices: a grouped convolution, or a norm whose
+    statistics are those of its input.  The layer before it is trained or not."""
+    kind = draw(st.sampled_from(["conv", "conv", "batch_norm", "group_norm"]))
+    groups, each = draw(st.sampled_from([1, 2, 3, 4, 5])), draw(st.sampled_from([1, 2, 3, 4]))
+    b = Builder(2, draw(st.integers(1, 7)), draw(st.integers(3, 7)))
+    x = b.conv("input", groups * each, kernel=1, name="below")
+    if kind == "conv":
+        out, kh, kw = draw(st.sampled_from([1, 2, 3, 4])), draw(small), draw(small)
+        y = b.add(
+            "conv2d",
+            x,
+            params={"weight": (groups * out, each, kh, kw), "bias": (groups * out,)},
+            name="op",
+            stride=(draw(small), draw(small)),
+            padding=tuple(draw(st.integers(1, 2)) for _ in range(4)),
+            dilation=(1, draw(st.integers(1, 2))),
+            groups=groups,
+        )
+    elif kind == "batch_norm":
+        y = b.norm(x, name="op")
+    else:
+        params = {"weight": (groups * each,), "bias": (groups * each,)}
+        y = b.add("group_norm", x, params=params, name="op", groups=groups, eps=1e-3)
+    graph = b.graph(b.linear(b.flatten(b.add("hardswish", y)), 3, name="head"))
+    updates = [Update(param="op.weight", slice=draw(_slices(graph, "op.weight")))]
+    if draw(st.booleans()):
+        updates.append(Update(param="op.bias", slice=draw(_slices(graph, "op.bias"))))
+    if draw(st.booleans()):
+        updates.insert(0, Update(param=draw(st.sampled_from(["below.weight", "below.bias"]))))
+    norms = ("op",) if kind == "batch_norm" else ()
+    return {
+        "graph": graph,
+        "selection": Selection(updates=tuple(updates), batch_norms=norms),
+        "optimizer": SGD(lr=0.05),
+        "loss": draw(st.sampled_from(["cross_entropy", "mse"])),
+        "accumulate": draw(st.sampled_from([1, 3])),
     }
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from modicum.capture import check_model, state_of
+from modicum.errors import UsageError
 from modicum.graph import Node
+from modicum.heads import class_means
 from modicum.ops import OPS
 from modicum.ops.base import Kept, Wanted
 from modicum.plan import Plan
@@ -67,21 +69,77 @@ class Tuned(nn.Module):
         return {**self.trained, **statistics}
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._value(self._entering(x), self.nodes, self.plan.program.graph.output)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer sees: (n, ...) -> (n, features)."""
+        return self._value(self._entering(x), self.nodes, self.nodes[-1].inputs[0])
+
+    def prefix(self, x: Tensor) -> dict[str, Tensor]:
+        """What the frozen nodes hand to the others, for samples that pass more than once.
+
+        Each value has the samples in its first dimension; values of several batches can be
+        joined, and `features_after` goes on from there.
+        """
+        wanted = self.plan.program.wanted
+        frozen = [n for n in self.nodes if not wanted[n.name].any]
+        values = self._entering(x)
+        for node in frozen:
+            self._advance(node, values, frozen=True)
+        return {name: values[name] for name in self._boundary}
+
+    def features_after(self, prefix: Mapping[str, Tensor]) -> Tensor:
+        """`features` of the samples that `prefix` was made of."""
+        wanted = self.plan.program.wanted
+        rest = [n for n in self.nodes if wanted[n.name].any]
+        return self._value(dict(prefix), rest, self.nodes[-1].inputs[0])
+
+    def head(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Prototypes (ways, features), scale (1,) and bias (1,) of a cosine head, if there is."""
+        if self.nodes[-1].op != "cosine":
+            return None
+        p = self._params(self.nodes[-1], {})
+        return p["prototypes"], p["scale"], p["bias"]
+
+    def refresh(self, x: Tensor, y: Tensor) -> None:
+        """Set the prototypes of a cosine head to the class means of a support set.
+
+        (n, ...), (n,).  No gradient goes through them.  Raises UsageError for a class without a
+        sample, and for a model with another head.
+        """
+        head = self.head()
+        if head is None:
+            raise UsageError("the model has no cosine head", hint="few_shot(model, ways)")
+        prototypes = head[0]
+        with torch.no_grad():
+            features = self.features(x.to(prototypes.device))
+        means = class_means(features, y.to(prototypes.device), len(prototypes))
+        prototypes.copy_(means)
+
+    def _entering(self, x: Tensor) -> dict[str, Tensor]:
         x = x.detach()
         if x.dim() == 4 and x.device.type == "cpu":
             # PyTorch's convolutions of one thread are up to seven times as fast that way, the
             # backward ones are not, and some of them are wrong: so only where nothing is kept
             x = x.contiguous(memory_format=torch.channels_last)
         source = self.plan.program.graph.input
-        values = {source: x.contiguous() if source in self._boundary else x}
-        for node in self.nodes:
-            inputs = [values[name] for name in node.inputs]
-            for name in self._release[node.name]:
+        return {source: x.contiguous() if source in self._boundary else x}
+
+    def _value(self, values: dict[str, Tensor], nodes: Sequence[Node], wanted: str) -> Tensor:
+        for node in nodes:
+            self._advance(node, values)
+            if node.name == wanted:
+                break
+        return values[wanted]
+
+    def _advance(self, node: Node, values: dict[str, Tensor], frozen: bool = False) -> None:
+        """Run one node, and let go of what nothing after it reads."""
+        inputs = [values[name] for name in node.inputs]
+        for name in self._release[node.name]:
+            if not (frozen and name in self._boundary):
                 del values[name]
-            y = self._run(node, inputs)
-            values[node.name] = y.contiguous() if node.name in self._boundary else y
-            del inputs, y
-        return values[self.plan.program.graph.output]
+        y = self._run(node, inputs)
+        values[node.name] = y.contiguous() if node.name in self._boundary else y
 
     def _run(self, node: Node, inputs: list[Tensor]) -> Tensor:
         op = OPS[node.op]

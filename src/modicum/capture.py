@@ -325,6 +325,12 @@ def _general_pad(r: _Reader, fx: Any) -> None:
     _pad(r, _Renamed(fx, fx.args[:2], {"value": (fx.args[3] if len(fx.args) > 3 else 0) or 0}))
 
 
+def _cosine(r: _Reader, fx: Any) -> None:
+    x, prototypes, scale, bias = fx.args
+    roles = {"prototypes": prototypes, "scale": scale, "bias": bias}
+    r.add(fx, "cosine", [r.value(x)], roles)
+
+
 def _linear(r: _Reader, fx: Any) -> None:
     x, weight, bias = _args(fx, ("input", None), ("weight", None), ("bias", None))
     r.add(fx, "linear", [r.value(x)], {"weight": weight, "bias": bias})
@@ -394,7 +400,8 @@ def _aten_clamp(r: _Reader, fx: Any) -> None:
 
 
 def _add_clamp(r: _Reader, fx: Any, lo: float | None, hi: float | None) -> None:
-    low, high = (None if b is None else float(b) for b in (lo, hi))
+    low = None if lo is None or lo == -math.inf else float(lo)
+    high = None if hi is None or hi == math.inf else float(hi)
     r.add(fx, "clamp", [r.value(fx.args[0])], lo=low, hi=high)
 
 
@@ -514,6 +521,7 @@ READERS: dict[str, Reader] = {
     "constant_pad_nd": _pad,
     "pad": _general_pad,
     "linear": _linear,
+    "cosine_logits": _cosine,
     "batch_norm": _batch_norm,
     "_native_batch_norm_legit_no_training": _batch_norm,
     "group_norm": _group_norm,

@@ -9,25 +9,35 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from modicum.errors import Bug, InvalidInput, ModicumError, ParityError, UsageError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from modicum.methods import Method
-    from modicum.optim import SGD, Adam
-    from modicum.plan import Plan
-    from modicum.tasks import Augment, Preprocess
-
-    Shape = tuple[int, ...]
+from modicum.arguments import (
+    default_input,
+    in_memory,
+    load_board,
+    load_model,
+    load_plan,
+    load_samples,
+    make_network,
+    model_of_plan,
+    no_data,
+    parse_augment,
+    parse_choice,
+    parse_method,
+    parse_numbers,
+    parse_optimizer,
+    parse_shape,
+    preprocess_of,
+    preprocess_of_plan,
+    shape_text,
+    split_methods,
+)
+from modicum.errors import Bug, ModicumError, ParityError, UsageError
 
 
 class Command(TyperCommand):
@@ -119,17 +129,16 @@ def plan(
 ) -> None:
     """Decide what to update on a board, and prove that it fits."""
     from modicum.capture import capture
-    from modicum.lite import prepare_model
     from modicum.plan import plan as make
     from modicum.units import parse_size
 
-    target, chosen = _board(board), _method(method, set or [])
-    trained = _optimizer(optimizer, lr, momentum, weight_decay)
-    known = _choice(loss, "loss", ("cross_entropy", "mse"))
-    limits = {k: parse_size(v) if v else None for k, v in (("ram", ram), ("flash", flash))}
-    net, example = _load_model(model, weights, input, classes)
-    graph = capture(prepare_model(net, example, chosen), example)
-    made = make(graph, target, chosen, trained, loss=known, accumulate=accumulate, **limits)
+    target, chosen = load_board(board), parse_method(method, set or [])
+    trained = parse_optimizer(optimizer, lr, momentum, weight_decay)
+    known = parse_choice(loss, "loss", ("cross_entropy", "mse"))
+    most_ram, most_flash = (parse_size(text) if text else None for text in (ram, flash))
+    graph = capture(*load_model(model, weights, input, classes, chosen))
+    made = make(graph, target, chosen, trained, loss=known, accumulate=accumulate,
+                ram=most_ram, flash=most_flash)  # fmt: skip
     if out is not None:
         made.save(out)
     _show(as_json, {**made.model_dump(mode="json"), "hash": made.hash}, str(made))
@@ -157,18 +166,18 @@ def adapt(
     """Train in PyTorch under a plan."""
     from modicum.adapt import adapt as train
 
-    made = _plan(plan)
-    shown = _preprocess(lambda: made, model, mean, std)
-    samples, held = _samples(data, shown), _samples(test, shown, data)
-    net = _model_of(made, model, weights)
+    made = load_plan(plan)
+    shown = preprocess_of_plan(lambda: made, model, mean, std)
+    samples, held = load_samples(data, shown), load_samples(test, shown, data)
+    net = model_of_plan(made, model, weights)
     trace = train(
         net,
         made,
-        _in_memory(samples) or _no_data(),
+        in_memory(samples) or no_data(),
         epochs=epochs,
         test=held,
         seed=seed,
-        schedule=_choice(schedule, "schedule", ("constant", "cosine")),
+        schedule=parse_choice(schedule, "schedule", ("constant", "cosine")),
         record=record,
         progress=True,
     )
@@ -198,10 +207,10 @@ def emit(
     """Write the plan as self-contained C99."""
     from modicum.emit import emit as write
 
-    made = _plan(plan)
-    samples = _samples(data, _preprocess(lambda: made, model, mean, std))
-    net = _model_of(made, model, weights)
-    folder = write(net, made, out, name=name, data=_in_memory(samples))
+    made = load_plan(plan)
+    samples = load_samples(data, preprocess_of_plan(lambda: made, model, mean, std))
+    net = model_of_plan(made, model, weights)
+    folder = write(net, made, out, name=name, data=in_memory(samples))
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     text = f"{folder}: {len(files)} files; try `make -C {folder} check`"
     _show(as_json, {"folder": str(folder), "name": name, "files": files}, text)
@@ -230,13 +239,13 @@ def run(
     from modicum.trace import Trace, compare
 
     reference = Trace.load(like) if like is not None else None
-    shown = _preprocess(lambda: _plan(folder / "plan.json"), None, mean, std)
+    shown = preprocess_of_plan(lambda: load_plan(folder / "plan.json"), None, mean, std)
     trace = execute(
         folder,
         on,
-        train=_in_memory(_samples(data, shown)),
+        train=in_memory(load_samples(data, shown)),
         order=reference.order if reference else None,
-        test=_in_memory(_samples(test, shown, data)),
+        test=in_memory(load_samples(test, shown, data)),
         parity=not fast,
         record=record,
     )
@@ -291,12 +300,12 @@ def compare(
     from modicum.comparison import compare_methods
     from modicum.tasks import load, split
 
-    chosen = {spec: _method(spec, []) for spec in _specs(methods)}
-    rates = _numbers(lr, "--lr")
-    trained = _optimizer(optimizer, rates[0], momentum, weight_decay)
-    known = _choice(schedule, "schedule", ("cosine", "constant"))
-    changed, target = _augment(augment), _board(board)
-    shape = _shape(input or _default_input(model))
+    chosen = {spec: parse_method(spec, []) for spec in split_methods(methods)}
+    rates = parse_numbers(lr, "--lr")
+    trained = parse_optimizer(optimizer, rates[0], momentum, weight_decay)
+    known = parse_choice(schedule, "schedule", ("cosine", "constant"))
+    changed, target = parse_augment(augment), load_board(board)
+    shape = parse_shape(input or default_input(model))
     train = load(data)
     if test is not None:
         held = load(test, classes=train.classes)
@@ -305,15 +314,15 @@ def compare(
         print(f"{len(train)} images to train, {len(held)} to test, drawn with seed 0 from {data}",
               file=sys.stderr)  # fmt: skip
     classes = None if ":" in model else len(train.classes)
-    say_fresh = _network(model, weights, classes)[1]
+    say_fresh = make_network(model, weights, classes)[1]
     if say_fresh:
         print(say_fresh, file=sys.stderr)
     result = compare_methods(
-        lambda: _network(model, weights, classes)[0],
+        lambda: make_network(model, weights, classes)[0],
         chosen,
         train,
         held,
-        _normalised(shape, model, mean, std),
+        preprocess_of(shape, model, mean, std),
         out=out,
         seeds=range(seeds),
         epochs=epochs,
@@ -338,7 +347,7 @@ def cost(
     """MACs, FLOPs and kept bytes of a plan, by layer and by block."""
     from modicum.accounting import account
 
-    made = account(_plan(plan), batch)
+    made = account(load_plan(plan), batch)
     _show(as_json, made.model_dump(mode="json"), str(made))
 
 
@@ -355,7 +364,7 @@ def report(
     from modicum.report import report as make
     from modicum.trace import Trace
 
-    page = make(_plan(plan), *(Trace.load(p) for p in traces or []), out=out)
+    page = make(load_plan(plan), *(Trace.load(p) for p in traces or []), out=out)
     _show(as_json, page.as_dict(), page.text())
 
 
@@ -410,7 +419,7 @@ def models(as_json: Json = False) -> None:
     """List the reference networks."""
     from modicum.models import MODELS
 
-    rows = [(n, _x(e.input), str(e.classes), e.about) for n, e in MODELS.items()]
+    rows = [(n, shape_text(e.input), str(e.classes), e.about) for n, e in MODELS.items()]
     data = {
         n: {"input": e.input, "classes": e.classes, "about": e.about} for n, e in MODELS.items()
     }
@@ -494,312 +503,6 @@ def _trace_text(trace: Any) -> str:
         text = f"{value:,.0f}" if float(value).is_integer() else f"{value:,.6g}"
         lines.append(f"  {name:<20} {text}")
     return "\n".join(lines)
-
-
-# ---- what comes from outside ----
-
-
-def _plan(path: Path) -> Any:
-    from modicum.plan import Plan
-
-    return Plan.load(path)
-
-
-def _load_model(
-    spec: str, weights: Path | None, shape: str, classes: int | None = None
-) -> tuple[nn.Module, torch.Tensor]:
-    """A network and an example input, from a name or path/to/file.py:factory.
-
-    Initial weights are drawn from seed 0, so that every command sees the same network.
-    """
-    import torch
-
-    example = _shape(shape or _default_input(spec))
-    if classes is not None and ":" in spec:
-        raise UsageError("--classes goes with the name of a model", why="a factory has its own")
-    torch.manual_seed(0)
-    net, fresh = _network(spec, weights, classes)
-    if fresh:
-        print(fresh, file=sys.stderr)
-    return net.eval(), torch.zeros(example)
-
-
-def _model_of(made: Plan, spec: str, weights: Path | None) -> nn.Module:
-    """The network of a plan: a named model gets as many outputs, and what the method adds."""
-    from modicum.lite import prepare_model
-
-    graph = made.graph
-    classes = None if ":" in spec else graph.values[graph.output].size
-    net, example = _load_model(spec, weights, _x(graph.shape(graph.input)), classes)
-    return prepare_model(net, example, made.method)
-
-
-def _network(spec: str, weights: Path | None, classes: int | None) -> tuple[nn.Module, str]:
-    """A network, and what its weights left as initialised."""
-    from modicum.models import MODELS, load_weights
-
-    file, colon, factory = spec.rpartition(":")
-    if colon:
-        net = _factory(Path(file), factory)
-    else:
-        _named(spec)
-        net = MODELS[spec].make(classes or MODELS[spec].classes)
-    if weights is None:
-        return net, ""
-    loaded = load_weights(net, weights)
-    return net, str(loaded) if loaded.fresh else ""
-
-
-def _named(spec: str) -> Any:
-    from modicum.models import MODELS
-
-    if spec not in MODELS:
-        names = ", ".join(MODELS)
-        raise UsageError(
-            f"no model is called {spec!r}", hint=f"{names}, or path/to/file.py:factory"
-        )
-    return MODELS[spec]
-
-
-def _default_input(spec: str) -> str:
-    if ":" in spec:
-        raise UsageError("a model from a file needs --input, such as --input 1x3x96x96")
-    return _x(_named(spec).input)
-
-
-def _factory(file: Path, name: str) -> nn.Module:
-    from torch import nn
-
-    try:
-        net = getattr(_module(file), name)()
-    except ModicumError:
-        raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{file}:{name} does not make a model", why=why) from error
-    if not isinstance(net, nn.Module):
-        raise UsageError(f"{file}:{name} returns {type(net).__name__}, not an nn.Module")
-    return net
-
-
-@functools.cache
-def _module(file: Path) -> Any:
-    import importlib.util
-
-    if not file.is_file():
-        raise UsageError(f"there is no file {file}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(file.parent.resolve()))
-    spec.loader.exec_module(module)
-    return module
-
-
-def _no_data() -> NoReturn:
-    raise UsageError("--data is needed: an .npz file with x and y")
-
-
-def _samples(
-    path: Path | None, preprocess: Callable[[], Preprocess], like: Path | None = None
-) -> tuple[Any, Any] | None:
-    """(x, y) of an .npz, as they are; (Labelled, Preprocess) of a folder or a zip of images.
-
-    The classes are those of `like`, if that is a folder or a zip too.
-    """
-    from modicum.tasks import load
-
-    if path is None:
-        return None
-    if path.suffix.lower() == ".npz":
-        return _arrays(path)
-    images = like is not None and like.suffix.lower() != ".npz"
-    return load(path, classes=load(like).classes if images else None), preprocess()
-
-
-def _in_memory(samples: tuple[Any, Any] | None) -> tuple[Any, Any] | None:
-    from modicum.tasks import Labelled, arrays
-
-    return arrays(*samples) if samples and isinstance(samples[0], Labelled) else samples
-
-
-def _arrays(path: Path) -> tuple[Any, Any]:
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["x"], arrays["y"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise InvalidInput(f"{path} is not an .npz with arrays x and y", why=str(error)) from None
-
-
-def _preprocess(
-    made: Callable[[], Plan], model: str | None, mean: str, std: str
-) -> Callable[[], Preprocess]:
-    """How images are shown to the network of a plan."""
-
-    def preprocess() -> Preprocess:
-        graph = made().graph
-        return _normalised(graph.shape(graph.input), model, mean, std)
-
-    return preprocess
-
-
-def _normalised(shape: Shape, model: str | None, mean: str, std: str) -> Preprocess:
-    """Preprocess of a network: as its published weights want it, if nothing else is said."""
-    from modicum.tasks import Preprocess
-
-    if len(shape) != 4:
-        raise UsageError(f"the model takes {_x(shape)}, which is no image", hint="an .npz")
-    if model is None and not (mean and std):
-        raise UsageError(
-            "--data and --test of images need --mean and --std here",
-            why="an emitted folder does not say how its images are normalised",
-        )
-    normalise = None if model is None or ":" in model else _named(model).normalise
-    known = normalise or ((0.0,), (1.0,))
-    figures = [_numbers(mean, "--mean") if mean else known[0],
-               _numbers(std, "--std") if std else known[1]]  # fmt: skip
-    channels = shape[1]
-    wide = [tuple(f) * channels if len(f) == 1 else tuple(f) for f in figures]
-    if any(len(f) != channels for f in wide):
-        raise UsageError(f"--mean and --std need 1 or {channels} values for {channels} channels")
-    return _valid(Preprocess, {"size": shape[2:], "mean": wide[0], "std": wide[1]}, "--mean, --std")
-
-
-def _board(name: str) -> Any:
-    from modicum.board import Board, get
-
-    if not name:
-        return None
-    return Board.from_toml(name) if name.endswith(".toml") else get(name)
-
-
-def _method(spec: str, fields: Sequence[str]) -> Method:
-    """A method from name, name:key=value,key=value or a JSON file, and further fields."""
-    from modicum.methods import METHODS
-
-    name, values = spec, {}
-    if spec.endswith(".json"):
-        try:
-            values = json.loads(Path(spec).read_text())
-            name = values.pop("kind")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InvalidInput(f"{spec} is not a method", why=str(error)) from None
-    elif ":" in spec:
-        name, values = _spec(spec)
-    if name not in METHODS:
-        raise UsageError(f"no method is called {name!r}", hint=", ".join(METHODS))
-    values |= _fields(fields, "--set ")
-    return _valid(METHODS[name], values, f"method {name}")
-
-
-def _augment(spec: str) -> Augment | None:
-    from modicum.tasks import Augment
-
-    name, values = _spec(spec)
-    if name == "none" and not values:
-        return None
-    _choice(name, "augmentation", ("none", "resized", "pad"))
-    return _valid(Augment, {"crop": name, **values}, f"augmentation {name}")
-
-
-def _specs(text: str) -> list[str]:
-    """The methods of a list; a comma also parts the fields of one: last:n=3,bias:head=0."""
-    found: list[str] = []
-    for part in _parts(text):
-        if found and "=" in part and ":" not in part.partition("=")[0]:
-            found[-1] += f",{part}"
-        else:
-            found.append(part)
-    twice = next((spec for spec in found if found.count(spec) > 1), None)
-    if twice is not None or "" in found:
-        what = f"the method {twice} is there twice" if twice else f"a method of {text!r} is empty"
-        raise UsageError(what, hint="--methods full,last:n=3,bias")
-    return found
-
-
-def _spec(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the fields of name:key=value,key=value."""
-    name, _, rest = text.partition(":")
-    return name, _fields(_parts(rest) if rest else [], f"{name}:")
-
-
-def _parts(text: str) -> list[str]:
-    """What commas part that stand in no quotes, brackets or braces."""
-    parts, depth, quoted = [""], 0, False
-    for c in text:
-        quoted ^= c == '"'
-        depth += not quoted and ((c in "[{") - (c in "]}"))
-        if c == "," and not quoted and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return [part.strip() for part in parts]
-
-
-def _fields(texts: Sequence[str], where: str) -> dict[str, Any]:
-    """key=value, where the value is JSON, or text where it is not."""
-    values: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"{where}{text} is not key=value")
-        try:
-            values[key] = json.loads(value)
-        except ValueError:
-            values[key] = value
-    return values
-
-
-def _valid(kind: Any, values: dict[str, Any], what: str) -> Any:
-    """A config from plain data; its own checks say what is wrong."""
-    from pydantic import ValidationError
-
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        why = "; ".join(
-            ": ".join([".".join(map(str, e["loc"])), e["msg"]] if e["loc"] else [e["msg"]])
-            for e in error.errors()
-        )
-        raise UsageError(f"{what} does not take these fields", why=why) from None
-
-
-def _optimizer(name: str, lr: float, momentum: float, weight_decay: float) -> SGD | Adam:
-    from modicum.optim import SGD, Adam
-
-    kind = _choice(name, "optimizer", ("sgd", "adam"))
-    values = {"lr": lr, "weight_decay": weight_decay}
-    if kind == "sgd":
-        return _valid(SGD, {**values, "momentum": momentum}, "optimizer sgd")
-    if momentum:
-        raise UsageError("--momentum is for sgd; adam has its own")
-    return _valid(Adam, values, "optimizer adam")
-
-
-def _numbers(text: str, flag: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"{flag} {text} is not a number, or numbers with commas") from None
-
-
-def _choice(value: str, what: str, known: tuple[str, ...]) -> Any:
-    if value not in known:
-        raise UsageError(f"no {what} is called {value!r}", hint=", ".join(known))
-    return value
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    parts = text.lower().split("x")
-    if not all(p.isdigit() and int(p) > 0 for p in parts) or len(parts) < 2:
-        raise UsageError(f"{text!r} is not a shape", hint="with the batch first, as 1x3x96x96")
-    return tuple(int(p) for p in parts)
-
-
-def _x(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ KERNEL_CODE = {
         "mo_group_norm_dgamma": 192,
         "mo_norm_dgamma_start": 156,
     },
+    **{"mo_cosine_forward": 232, "mo_cosine_dx": 320, "mo_prototype_add": 40, "mo_fisher": 120},
     **{"mo_norm_dw_rows": 132, "mo_norm_dw_channels": 128},
     **{"mo_standardise": 224, "mo_standardise_dw": 296},
     **{"mo_resize_nearest_forward": 360, "mo_resize_nearest_backward": 624},

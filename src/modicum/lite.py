@@ -26,6 +26,7 @@ from modicum.capture import capture
 from modicum.errors import UsageError
 from modicum.graph import Graph
 from modicum.methods import Method, TinyTL
+from modicum.methods.tinytl import dropped
 
 
 def prepare_model(model: nn.Module, example: Tensor, method: Method) -> nn.Module:
@@ -52,6 +53,7 @@ def prepare_model(model: nn.Module, example: Tensor, method: Method) -> nn.Modul
         norm_channels=method.norm_channels,
         standardise=method.standardise,
         backbone_norm=method.backbone_norm,
+        drop=method.drop,
         seed=method.seed,
     )
 
@@ -65,6 +67,7 @@ def add_lite_residuals(
     norm_channels: int = 8,
     standardise: bool = True,
     backbone_norm: Literal["keep", "group"] = "keep",
+    drop: float = 0.0,
     seed: int = 0,
 ) -> nn.Module:
     """A copy of the model with a lite residual module beside every inverted residual block.
@@ -88,21 +91,25 @@ def add_lite_residuals(
       norms keep their meaning.  "group" replaces each BatchNorm2d by a GroupNorm of the same
       scale, shift and eps, and changes what the model computes: such a backbone has to be trained
       again, or loaded with weights that were trained with group norms.
+    - `drop`: the first drop * blocks of the blocks, rounded half up, get no lite module.
     - `seed`: of the initial weights, N(0, 2 / fan out).
 
     The paper pre-trains backbone and lite modules together on ImageNet, with group norms and
     standardised weights in the whole net.  Here the lite modules start untrained, beside a
     backbone as it is.
 
-    Raises UsageError when there is no such block, or when one is not a module of its own (an
-    nn.Module that computes this block and nothing else, once); all of them are named.
+    Raises UsageError when there is no such block, or when one that gets a lite module is not a
+    module of its own (an nn.Module that computes this block and nothing else, once); all of
+    those are named.
     """
     if min(kernel, groups, norm_channels) < 1:
         raise UsageError("kernel, groups and norm_channels are at least 1")
     if backbone_norm not in ("keep", "group"):
         raise UsageError(f"no backbone_norm is called {backbone_norm!r}", hint="keep or group")
+    if not 0 <= drop < 1:
+        raise UsageError(f"drop is a share from 0 to below 1, not {drop}")
     graph = capture(model, example)
-    blocks = _replaceable(model, graph)
+    blocks = _replaceable(model, graph, drop)
     result = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     if backbone_norm == "group":
@@ -208,8 +215,8 @@ def norm_groups(channels: int, per_group: int, pixels: int) -> int:
     return channels // size if size * pixels > 1 else 1
 
 
-def _replaceable(model: nn.Module, graph: Graph) -> tuple[Block, ...]:
-    """The graph's blocks, each of which is a module."""
+def _replaceable(model: nn.Module, graph: Graph, drop: float) -> tuple[Block, ...]:
+    """The graph's blocks that are not dropped, each of which is a module."""
     blocks = find_blocks(graph)
     if not blocks:
         raise UsageError(
@@ -217,6 +224,7 @@ def _replaceable(model: nn.Module, graph: Graph) -> tuple[Block, ...]:
             where=f"found {describe(blocks)}",
             hint='TinyTL(mode="bias") needs none',
         )
+    blocks = blocks[dropped(drop, len(blocks)) :]
     names = dict(model.named_modules())
     problems = []
     for block in blocks:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from modicum.errors import UsageError
-from modicum.graph import Derived, Graph, Node, Param
+from modicum.graph import Derived, Graph, Node, Param, Value
 from modicum.ops import OPS
 from modicum.ops.base import (
     Arg,
@@ -139,6 +139,7 @@ class Program:
     macs: Mapping[str, Macs]
     input_buffer: str
     output_buffer: str
+    refresh: Call | None = None  # adds the sample that passed to the prototypes
 
     @property
     def learned(self) -> tuple[Trained, ...]:
@@ -148,8 +149,7 @@ class Program:
     @cached_property
     def saved_bytes(self) -> int:
         """Bytes kept from the forward to the backward pass for one sample; each thing once."""
-        kept = ((n, k) for n in self.graph.nodes for k in self.kept[n.name])
-        return sum({saved_key(self.graph, n, k): k.bytes for n, k in kept}.values())
+        return saved_bytes(self.graph, self.kept)
 
     @cached_property
     def lifetimes(self) -> dict[str, tuple[int, int]]:
@@ -164,6 +164,12 @@ class Program:
             if buffer.persistent:
                 spans[name] = (0, last)
         return spans
+
+
+def saved_bytes(graph: Graph, kept: Mapping[str, tuple[Kept, ...]]) -> int:
+    """Bytes kept for one sample; each thing once."""
+    things = ((n, k) for n in graph.nodes for k in kept[n.name])
+    return sum({saved_key(graph, n, k): k.bytes for n, k in things}.values())
 
 
 def saved_key(graph: Graph, node: Node, kept: Kept) -> tuple[str, str]:
@@ -204,7 +210,7 @@ def lower(
             hint="end the model with a flatten, so that its output is (n, outputs)",
         )
     prepared = prepare(graph, selection)
-    updates = {u.param: u for u in selection.updates}
+    updates = updates_of(selection)
     _refuse_what_is_not_there_yet(prepared, updates)
     wanted = wanted_gradients(prepared, updates)
     kept = choose_saved(prepared, wanted)
@@ -224,6 +230,12 @@ def _check_modes(graph: Graph, selection: Selection) -> None:
     """`batch_norms` has to name batch norms, `sign` activations that a sign mask stands for."""
     for name in selection.batch_norms:
         _check_batch_norm(graph, name)
+    for name in selection.probes:
+        if name not in graph.by_name or name == graph.output or selection.probes.count(name) > 1:
+            raise UsageError(
+                f"{name!r} cannot be probed",
+                why="a probe is of a node before the output, and a node has one",
+            )
     for name in selection.sign:
         node = graph.by_name.get(name)
         if node is None or not OPS[node.op].takes_sign(node):
@@ -262,7 +274,7 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
     trained whole.  One that stays gets its missing scale and shift, and its 1 / sqrt(var + eps),
     as constants.  A frozen standardised weight becomes a constant; its convolution is not joined
     with a norm.  Norms with batch statistics become `batch_stat_norm`; activations with a sign
-    mask get the attribute `sign`.
+    mask get the attribute `sign`.  A probed value passes through a `probe`.
     """
     updates = {u.param: u for u in selection.updates}
     params, nodes = dict(graph.params), []
@@ -296,15 +308,49 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
             changed["attrs"] = {k: v for k, v in node.attrs.items() if k != "standardise"}
             changed["params"] = _standardised_constant(node, params)
         nodes.append(node.model_copy(update=changed))
+    probed = {renamed.get(v, v): fisher_of(v) for v in selection.probes}
+    values = dict(graph.values)
+    nodes = _with_probes(nodes, probed, values, params)
     used = {name for node in nodes for name in node.params.values()}
     alive = {graph.input, *(n.name for n in nodes)}
     return Graph(
         input=graph.input,
         output=renamed.get(graph.output, graph.output),
-        values={k: v for k, v in graph.values.items() if k in alive},
+        values={k: v for k, v in values.items() if k in alive},
         params={k: v for k, v in params.items() if k in used},
         nodes=tuple(nodes),
     )
+
+
+def updates_of(selection: Selection) -> dict[str, Update]:
+    """By parameter, scores of probes included."""
+    probed = (Update(param=fisher_of(name)) for name in selection.probes)
+    return {u.param: u for u in (*selection.updates, *probed)}
+
+
+def fisher_of(value: str) -> str:
+    """The parameter that stands for the Fisher scores of a probed value's channels."""
+    return f"{value}.fisher"
+
+
+def _with_probes(
+    nodes: list[Node], probed: Mapping[str, str], values: dict[str, Value], params: dict[str, Param]
+) -> list[Node]:
+    """Put a probe behind each probed value; what read the value reads the probe."""
+    made = []
+    for node in nodes:
+        inputs = tuple(f"probe:{v}" if v in probed else v for v in node.inputs)
+        made.append(node.model_copy(update={"inputs": inputs}))
+        if node.name in probed:
+            name, score = f"probe:{node.name}", probed[node.name]
+            shape = values[node.name].shape
+            channels = shape[1] if len(shape) == 4 else shape[-1]
+            zero = Derived(kind="full", fill=0.0)
+            params[score] = Param(name=score, shape=(channels,), trainable=False, derived=zero)
+            values[name] = Value(name=name, shape=shape)
+            roles = {"fisher": score}
+            made.append(Node(name=name, op="probe", inputs=(node.name,), params=roles))
+    return made
 
 
 def _norm_after(graph: Graph, node: Node, selection: Selection) -> Node | None:
@@ -397,29 +443,13 @@ def _refuse_what_is_not_there_yet(graph: Graph, updates: Mapping[str, Update]) -
         if len(update.rates) != 1:
             raise UsageError(f"{name!r} has a step size per inner step; training has one so far")
         (node, role) = users[0]
-        if (
-            role == "weight"
-            and node.op in ("batch_stat_norm", "group_norm")
-            and update.slice.out is not None
-        ):
-            raise UsageError(
-                f"{name!r} can only be trained whole",
-                where=node.name,
-                why="its norm computes its statistics from its input",
-            )
-        if role == "weight" and standardised(node) and not update.slice.whole:
+        part = _normal(update.slice, graph.params[name].shape)
+        if role == "weight" and standardised(node) and not part.whole:
             raise UsageError(
                 f"{name!r} can only be trained whole",
                 where=node.name,
                 why="it is standardised over all its entries",
             )
-        if role == "weight" and node.op == "conv2d" and update.slice.inp is not None:
-            in_g, groups = graph.params[name].shape[1], node.attrs["groups"]
-            if groups != 1 and len(update.slice.inp) != in_g:
-                raise UsageError(
-                    f"{name!r} belongs to a grouped convolution: slice its output channels",
-                    where=node.name,
-                )
 
 
 def wanted_gradients(graph: Graph, updates: Mapping[str, Update]) -> dict[str, Wanted]:
@@ -523,7 +553,17 @@ class _Lowering:
             macs={n.name: self._macs(n) for n in self.graph.nodes},
             input_buffer=self.where[source],
             output_buffer=output,
+            refresh=self._refresh(),
         )
+
+    def _refresh(self) -> Call | None:
+        """Read right after a forward pass, when the embedding is still in its buffer."""
+        last = self.graph.by_name.get(self.graph.output)
+        if last is None or not OPS[last.op].refreshed:
+            return None
+        x = tuple(self.where[v] for v in last.inputs)
+        params = self._whole_operands(last)
+        return OPS[last.op].c_refresh(ForwardArgs(last, self.graph, x, "", params))
 
     def _macs(self, node: Node) -> Macs:
         op, wanted = OPS[node.op], self.wanted[node.name]
@@ -567,7 +607,7 @@ class _Lowering:
 
     def _statistics(self) -> None:
         for node in self.graph.nodes:
-            for role in OPS[node.op].states:
+            for role in (*OPS[node.op].states, *OPS[node.op].refreshed):
                 name = node.params[role]
                 shape = self.graph.params[name].shape
                 t = Trained(name, Slice(), shape, "plain", 0.0, f"w:{name}", statistic=True)
@@ -939,6 +979,7 @@ class _Lowering:
             self._whole_operands(node) if operands is None else operands,
             dy=dy,
             kept=self._kept_buffers(node),
+            wanted=self.wanted[node.name],
         )
 
     def _own(self, v: str, buffer: str) -> None:
@@ -986,14 +1027,20 @@ class _Lowering:
         trained = self.trained[node.params[role]]
         s = self.wanted[node.name].params[role]
         accumulate = self.accumulate > 1
-        if s.out is not None and not (role == "weight" and op.slices_rows(self.graph, node, s)):
+        alone = role == "weight" and op.slices_rows(self.graph, node, self.wanted[node.name])
+        if s.out is not None and not alone:
             rows, _ = channels_last(self.graph.shape(node.name))
             part = self._buffer(f"rows:{node.name}", 4 * rows * len(s.out), "workspace")
             self._gather("backward", node, part, dy, s.out, self.graph.shape(node.name))
             dy = part
         name = f"g:{trained.param}"
         target = Buf(name, "rw" if accumulate else "w")
-        grad = op.c_grad(self._backward_args(node, dy), role, s, target, accumulate)
+        args = self._backward_args(node, dy)
+        floats = op.workspace(self.graph, node, args.wanted) if role == "weight" else 0
+        if floats:
+            space = self._buffer(f"parts:{node.name}", 4 * floats, "workspace")
+            args = replace(args, space=space)
+        grad = op.c_grad(args, role, s, target, accumulate)
         if accumulate:
             self._step("backward", node.name, *grad.calls, rows=grad.rows, block=grad.rows)
             if update:

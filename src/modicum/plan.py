@@ -21,7 +21,7 @@ from modicum.errors import DoesNotFit, InvalidInput, ModicumError, UsageError
 from modicum.graph import Frozen, Graph
 from modicum.lower import Loss, Order, Program, lower
 from modicum.memory import Placement, place, verify
-from modicum.methods import AnyMethod, Full, Method
+from modicum.methods import AnyMethod, Full, Limits, Method, Observed, ObservingMethod
 from modicum.ops import check_graph
 from modicum.optim import SGD, Adam, Optimizer
 from modicum.selection import Selection
@@ -147,6 +147,7 @@ def plan(
     method: Method | None = None,
     optimizer: SGD | Adam | None = None,
     *,
+    samples: Observed | None = None,
     loss: Loss = "cross_entropy",
     accumulate: int = 1,
     ram: int | None = None,
@@ -155,8 +156,9 @@ def plan(
     """Decide what to update on a board, and prove that it fits.
 
     `board` is a name of the catalogue or a Board; `ram` and `flash` (bytes) replace its limits.
-    Without a board there are no limits.  Raises DoesNotFit with the nearest plan that fits, and
-    UsageError for a method that does not apply to the graph.
+    Without a board there are no limits.  `samples` is what a method that decides by samples or
+    weights saw of them: ``observe(model, graph, method, support)``.  Raises DoesNotFit with the
+    nearest plan that fits, and UsageError for a method that does not apply to the graph.
 
     >>> import modicum as mo, torch
     >>> graph = mo.capture(torch.nn.Linear(8, 4), torch.zeros(1, 8))
@@ -173,9 +175,9 @@ def plan(
         )
     if (ram is not None and ram < 1) or (flash is not None and flash < 1):
         raise UsageError("limits of RAM and flash are positive numbers of bytes")
-    made = _make(graph, target, method, optimizer, loss, accumulate, ram, flash)
+    made = _make(graph, target, method, optimizer, loss, accumulate, ram, flash, samples)
     if not fits(made):
-        raise _does_not_fit(made)
+        raise _does_not_fit(made, samples)
     return made
 
 
@@ -192,8 +194,36 @@ def _make(
     accumulate: int,
     ram: int | None,
     flash: int | None,
+    samples: Observed | None,
 ) -> Plan:
-    selection = method.select(graph)
+    ram = ram if ram is not None else (board.available if board else None)
+    flash = flash if flash is not None else (board.flash if board else None)
+
+    def made(selection: Selection) -> Plan:
+        return _placed(
+            graph, board, method, selection, optimizer, loss, accumulate, ram, flash
+        )
+
+    if not isinstance(method, ObservingMethod) or samples is None:
+        return made(method.select(graph))
+
+    def within(selection: Selection) -> bool:
+        return (ram is None and flash is None) or fits(made(selection))
+
+    return made(method.select_for(graph, samples, Limits(optimizer, within)))
+
+
+def _placed(
+    graph: Graph,
+    board: Board | None,
+    method: Method,
+    selection: Selection,
+    optimizer: SGD | Adam,
+    loss: Loss,
+    accumulate: int,
+    ram: int | None,
+    flash: int | None,
+) -> Plan:
     candidates = []
     for order in ORDERS:
         program = lower(graph, selection, optimizer, loss, accumulate, order)
@@ -205,8 +235,8 @@ def _make(
     return Plan(
         graph=graph,
         board=board,
-        ram=ram if ram is not None else (board.available if board else None),
-        flash=flash if flash is not None else (board.flash if board else None),
+        ram=ram,
+        flash=flash,
         method=method,
         selection=selection,
         optimizer=optimizer,
@@ -226,7 +256,7 @@ def _placement(program: Program, offsets: dict[str, int]) -> Placement:
     return Placement(offsets, end, 0, lower_bound(program))
 
 
-def _does_not_fit(p: Plan) -> DoesNotFit:
+def _does_not_fit(p: Plan, samples: Observed | None) -> DoesNotFit:
     """The error, with the table and the nearest method and board that fit."""
     c = p.cost
     where = p.board.name if p.board else "the limit"
@@ -241,17 +271,18 @@ def _does_not_fit(p: Plan) -> DoesNotFit:
         floor=f"{kib(c.floor)} (inference alone) at {c.floor_at}, input {_x(p.graph)}",
         why="no choice of updated layers goes below the inference peak" if floor else None,
         table=[line for line in render(p, layers=False).splitlines()[1:]],
-        hint=_nearest(p),
+        hint=_nearest(p, samples),
     )
 
 
-def _nearest(p: Plan) -> list[str]:
+def _nearest(p: Plan, samples: Observed | None) -> list[str]:
     hints = []
     method: Method | None = p.method
     while method is not None and (method := method.smaller()) is not None:
         try:
             smaller = _make(
-                p.graph, p.board, method, p.optimizer, p.loss, p.accumulate, p.ram, p.flash
+                *(p.graph, p.board, method, p.optimizer, p.loss, p.accumulate, p.ram, p.flash),
+                samples,
             )
         except ModicumError:
             break

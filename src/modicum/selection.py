@@ -12,8 +12,9 @@ class Slice(Frozen):
     """Channels of one parameter; None means all of them.
 
     `out` indexes dimension 0 (output channels, biases, norm scales), `inp` dimension 1 (input
-    channels).  Output slices shrink gradients and optimiser state; input slices shrink the
-    stored activation too.
+    channels; of a grouped convolution the channels within each group).  Output slices shrink
+    gradients and optimiser state; input slices shrink the stored activation too, and so do output
+    slices that leave groups of a grouped convolution untouched.
     """
 
     out: tuple[int, ...] | None = None
@@ -67,17 +68,19 @@ class Selection(Frozen):
     statistics that the model came with.  `batch_norms` names the norms that use the statistics of
     the batch instead, and follow them with their running ones.  `sign` names the activations
     whose backward pass is the mask 1[a >= 0] of their input a, instead of the exact derivative
-    (MobileTL, Chiang et al., AAAI 2023).  Both are names of nodes.
+    (MobileTL, Chiang et al., AAAI 2023).  `probes` names the values whose channels are scored by
+    Fisher information on the way back (TinyTrain, Kwon et al., ICML 2024).  All are names of nodes.
     """
 
     updates: tuple[Update, ...]
     batch_norms: tuple[str, ...] = ()
     sign: tuple[str, ...] = ()
+    probes: tuple[str, ...] = ()
 
 
 def check_selection(graph: Graph, selection: Selection) -> None:
     """Raise UsageError unless every update names a trainable parameter and channels it has."""
-    if not selection.updates:
+    if not selection.updates and not selection.probes:
         raise UsageError(
             "the method selects nothing to update",
             hint="choose a larger method, or patterns that match: " + some(graph.trainable()),

@@ -20,7 +20,7 @@ from oracle import GraphModel, cut, gradient, run_graph, samples, total_loss
 from modicum.lower import lower
 from modicum.memory import place, verify
 from modicum.optim import SGD
-from modicum.selection import Selection, Update
+from modicum.selection import Selection, Slice, Update
 from modicum.state import materialise
 
 
@@ -93,6 +93,33 @@ def test_a_one_by_one_convolution_over_padding_reads_zeros(kernels, graph, order
 @given(job=graphs.jobs(10), order=st.sampled_from(ORDERS))
 def test_a_generated_program_takes_the_step_that_autograd_says(kernels, job, order):
     takes_the_step_of_autograd(kernels, job, order)
+
+
+@settings(max_examples=250)
+@given(job=graphs.sliced(), order=st.sampled_from(ORDERS))
+def test_a_slice_takes_the_step_of_the_same_channels_of_the_whole(kernels, job, order):
+    takes_the_step_of_autograd(kernels, job, order)
+    sliced, selection = steps(kernels, job, order), job["selection"]
+    whole = tuple(u.model_copy(update={"slice": Slice()}) for u in selection.updates)
+    job["selection"] = selection.model_copy(update={"updates": whole})
+    dense = steps(kernels, job, order)
+    # to the bit, but that a sliced scale adds up whole samples
+    within = 0.0 if job["accumulate"] == 1 else 1e-5
+    for u in selection.updates:
+        got, want = sliced[u.param], cut(dense[u.param], u.slice)
+        assert np.abs(got - want).max() <= within * np.abs(want).max(), u.param
+
+
+def steps(kernels: Kernels, job: dict, order: str) -> dict[str, np.ndarray]:
+    """The trained slices after one update of a model with random weights."""
+    program = lower(**job, order=order)
+    state = {k: v.numpy() for k, v in GraphModel(job["graph"]).state_dict().items()}
+    machine = Machine(kernels, program, place(program), materialise(program.graph, state))
+    n = job["accumulate"]
+    x, y = samples(job["graph"], job["loss"], n)
+    for i in range(n):
+        machine.train(x[i].numpy(), y[i].numpy(), lr=1.0, last=i == n - 1)
+    return machine.trained()
 
 
 def takes_the_step_of_autograd(kernels: Kernels, job: dict, order: str) -> None:

@@ -22,6 +22,7 @@ HEAD, PLAN, LENGTH, COLLECTED, C1, C2, PAYLOAD = 4, 8, 24, 32, 36, 40, 44
 WANTED = (
     "groups-slices-Adam-x3",
     "mobile-Full-Momentum-x3",
+    "mobile-batch-Adam-x3",
     "mlp-Full-SGD",
     "regression-Full-Adam-x2",
 )
@@ -160,17 +161,44 @@ def test_each_kind_of_bad_blob_gets_its_own_status(runner: Runner):
     assert dict(zip(REFUSED, statuses, strict=True)) == {k: s for k, (_, s) in REFUSED.items()}
 
 
-def test_a_negative_second_moment_of_adam_is_refused(runner: Runner):
+def test_a_second_moment_or_a_running_variance_below_zero_or_no_number_is_refused(runner: Runner):
     first = runner.job()
     runner.train(first, range(3))
     first.export_state()
     good = runner.run(first).records[-1].blob
-    job, moments = runner.job(), second_moments(runner.built)
-    for at, n in moments:
+    job, runs = runner.job(), never_negative(runner.built)
+    for at, n in runs:
         job.import_state(with_float(good, PAYLOAD + at, -1.0))
         job.import_state(with_float(good, PAYLOAD + at + 4 * (n - 1), -1e-38))
-    assert [r.status for r in runner.run(job).records] == [-9] * (2 * len(moments))
-    assert bool(moments) == (runner.built.plan.optimizer.kind == "adam")
+        job.import_state(with_float(good, PAYLOAD + at, math.nan))
+    job.export_state()
+    *refused, unchanged = runner.run(job).records
+    assert [r.status for r in refused] == [-9] * (3 * len(runs))
+    fresh = runner.job()
+    fresh.export_state()
+    assert unchanged.blob == runner.run(fresh).records[0].blob
+    plan = runner.built.plan
+    norms = sum(n.op == "batch_stat_norm" for n in plan.program.graph.nodes)
+    assert len(runs) == norms + len(plan.program.trained) * (plan.optimizer.kind == "adam")
+
+
+def test_a_sample_whose_loss_is_not_finite_changes_nothing_not_even_statistics(runner: Runner):
+    graph, plan = runner.built.graph, runner.built.plan
+    target = np.zeros(graph.values[graph.output].size if plan.loss == "mse" else 0, np.float32)
+    job = runner.job()
+    runner.train(job, range(4))
+    job.export_state()
+    for value in (3e38, -3e38):
+        job.train(np.full(graph.values[graph.input].size, value, np.float32), 0, target)
+    job.export_state()
+    runner.train(job, range(4, 6))
+    records = runner.run(job).records
+    statuses = [r.status for r in records[5:7]]
+    if plan.program.statistics:  # a clamp without a norm before it can bring it back
+        assert statuses == [-4, -4]
+    if statuses == [-4, -4]:
+        assert records[4].blob == records[7].blob
+    assert [r.status for r in records[8:]] == [0, 0]
 
 
 def test_bad_samples_are_refused_and_change_nothing(runner: Runner):
@@ -220,8 +248,8 @@ def blobs(built: Built, good: bytes) -> st.SearchStrategy[bytes]:
                          0x3F800000, 0xFFFFFFFF, 0x00000001]),
     ).map(lambda change: good[: 4 * change[0]] + struct.pack("<I", change[1])
           + good[4 * change[0] + 4 :])  # fmt: skip
-    moments = [at for at, _ in second_moments(built)] or [0]
-    negative = st.sampled_from(moments).map(lambda at: with_float(good, PAYLOAD + at, -2.0))
+    runs = [at for at, _ in never_negative(built)] or [0]
+    negative = st.sampled_from(runs).map(lambda at: with_float(good, PAYLOAD + at, -2.0))
     return st.one_of(
         st.binary(max_size=len(good) + 40),
         st.integers(0, len(good)).map(lambda n: good[:n]),
@@ -253,17 +281,20 @@ def accepts(built: Built, blob: bytes) -> bool:
     if word(blob, COLLECTED) >= built.plan.accumulate or not all(0 <= c <= 1 for c in corrections):
         return False
     payload = np.frombuffer(blob[PAYLOAD:-4], "<f4")
-    moments = second_moments(built)
+    runs = never_negative(built)
     return bool(np.isfinite(payload).all()) and all(
-        (payload[at // 4 : at // 4 + n] >= 0).all() for at, n in moments
+        (payload[at // 4 : at // 4 + n] >= 0).all() for at, n in runs
     )
 
 
-def second_moments(built: Built) -> list[tuple[int, int]]:
-    plan = built.plan
-    if plan.optimizer.kind != "adam":
-        return []
-    return [(plan.offsets[f"v:{t.param}"], t.size) for t in plan.program.trained]
+def never_negative(built: Built) -> list[tuple[int, int]]:
+    """(offset, count) of running variances and Adam's second moments."""
+    plan, program = built.plan, built.plan.program
+    variances = [t for t in program.statistics if t.param.endswith("running_var")]
+    runs = [(plan.offsets[t.buffer], t.size) for t in variances]
+    if plan.optimizer.kind == "adam":
+        runs += [(plan.offsets[f"v:{t.param}"], t.size) for t in program.trained]
+    return runs
 
 
 def word(blob: bytes, at: int) -> int:

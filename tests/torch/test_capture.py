@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +87,16 @@ def test_same_padding_of_an_even_kernel_puts_the_odd_row_at_the_end():
     assert node.attrs["padding"] == (0, 1, 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("lo", "hi", "bounds"),
+    [(-math.inf, 2.0, (None, 2.0)), (0, math.inf, (0.0, None)), (-1, 1, (-1.0, 1.0))],
+)
+def test_a_clamp_without_a_bound_on_one_side_has_none_there(lo, hi, bounds):
+    graph = mo.capture(Fn(lambda m, x: m.c(x).clamp(lo, hi), c=conv()), torch.zeros(IMAGE))
+    attrs = graph.nodes[-1].attrs
+    assert (attrs["lo"], attrs["hi"]) == bounds
+
+
 def test_padding_before_a_convolution_adds_to_its_own():
     model = Fn(lambda m, x: m.c(F.pad(x, (1, 2, 3, 4))), c=nn.Conv2d(3, 4, 3, padding=1))
     graph = mo.capture(model, torch.zeros(IMAGE))
@@ -152,6 +164,8 @@ def test_all_unsupported_operators_are_listed_at_once_with_their_modules():
         (lambda m, x: m.c(F.pad(x, (-1, 0))), "only zero padding"),
         (lambda m, x: F.max_pool2d(F.pad(m.c(x), (1, 1)), 2), "not followed by a convolution"),
         (lambda m, x: F.max_pool2d(m.c(x), 17, 1, 8), "windows of up to 256"),
+        (lambda m, x: m.c(x).clamp(-math.inf, math.inf), "needs lo < hi"),
+        (lambda m, x: F.group_norm(m.c(x), 2, eps=0.0), "eps is 0.0"),
         (lambda m, x: F.conv2d(x, m.c.weight * 2, m.c.bias), "a parameter as an operand"),
         (lambda m, x: m.c(x) * 2.0, "a constant operand"),
         (lambda m, x: m.c(x) * m.c(x).mean(1, keepdim=True), "only the mean over height"),

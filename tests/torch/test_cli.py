@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import modicum as mo
-from modicum import cli
+from modicum import arguments, cli
+from modicum.errors import UsageError
 from modicum.models import MODELS, DigitsNet, MobileNetV2
 
 
@@ -49,7 +50,8 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def never_a_model(monkeypatch):
-    monkeypatch.setattr(cli, "_network", lambda *a: pytest.fail("a network was made"))
+    for module in (arguments, cli):
+        monkeypatch.setattr(module, "make_network", lambda *a: pytest.fail("a network was made"))
 
 
 # ---- compare -----------------------------------------------------------------------------------
@@ -134,15 +136,16 @@ def test_a_list_of_methods_is_parted_where_a_method_begins():
     text = (
         'full,blocks:blocks=3,norms="batch",last:n=2,explicit:params={"a": null, "b": null},x.json'
     )
-    assert cli._specs(text) == [
+    assert arguments.split_methods(text) == [
         "full",
         'blocks:blocks=3,norms="batch"',
         "last:n=2",
         'explicit:params={"a": null, "b": null}',
         "x.json",
     ]
-    assert cli._spec("blocks:blocks=3,norms=batch") == ("blocks", {"blocks": 3, "norms": "batch"})
-    assert cli._method("last:n=2", ["n=5"]) == mo.Last(n=5)
+    fields = {"blocks": 3, "norms": "batch"}
+    assert arguments.parse_spec("blocks:blocks=3,norms=batch") == ("blocks", fields)
+    assert arguments.parse_method("last:n=2", ["n=5"]) == mo.Last(n=5)
 
 
 # ---- the other commands ------------------------------------------------------------------------
@@ -167,14 +170,14 @@ def test_a_named_model_gets_so_many_outputs_and_the_plan_remembers(modicum, imag
 
 def test_images_are_normalised_as_a_models_weights_want_them():
     entry = MODELS["mcunet-5fps"]
-    shown = cli._normalised(entry.input, "mcunet-5fps", "", "")
+    shown = arguments.preprocess_of(entry.input, "mcunet-5fps", "", "")
     assert (shown.shape, (shown.mean, shown.std)) == (entry.input[1:], entry.normalise)
-    assert cli._normalised((1, 3, 4, 5), "a.py:f", "", "").mean == (0, 0, 0)
-    assert cli._normalised((1, 3, 4, 5), "mcunet-5fps", "0.25", "1,2,4").std == (1, 2, 4)
+    assert arguments.preprocess_of((1, 3, 4, 5), "a.py:f", "", "").mean == (0, 0, 0)
+    assert arguments.preprocess_of((1, 3, 4, 5), "mcunet-5fps", "0.25", "1,2,4").std == (1, 2, 4)
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "given",
     [
         ((1, 784), "mlp", "", ""),
         ((1, 1, 8, 8), None, "", ""),
@@ -184,9 +187,9 @@ def test_images_are_normalised_as_a_models_weights_want_them():
     ],
     ids=["no image", "no model", "two means", "zero", "text"],
 )
-def test_images_that_cannot_be_normalised_are_a_usage_error(arguments):
-    with pytest.raises(cli.UsageError):
-        cli._normalised(*arguments)
+def test_images_that_cannot_be_normalised_are_a_usage_error(given):
+    with pytest.raises(UsageError):
+        arguments.preprocess_of(*given)
 
 
 def test_weights_that_leave_the_head_say_so_and_those_that_do_not_fit_say_why(tmp_path):
@@ -196,13 +199,38 @@ def test_weights_that_leave_the_head_say_so_and_those_that_do_not_fit_say_why(tm
     (tmp_path / "net.py").write_text(
         "from modicum.models import MobileNetV2\ndef make():\n    return MobileNetV2(5, 0.1)\n"
     )
-    net, said = cli._network(f"{tmp_path / 'net.py'}:make", tmp_path / "small.pt", None)
+    net, said = arguments.make_network(f"{tmp_path / 'net.py'}:make", tmp_path / "small.pt", None)
     assert "classifier as initialised: 7 classes in the weights, 5 in the net" in said
     loaded = net.state_dict()
     assert all(torch.equal(v, small[k]) for k, v in loaded.items() if k.startswith("blocks"))
-    assert cli._network("digits", tmp_path / "digits.pt", 6)[1] == ""
+    assert arguments.make_network("digits", tmp_path / "digits.pt", 6)[1] == ""
     with pytest.raises(mo.InvalidInput, match="do not fit DigitsNet"):
-        cli._network("digits", tmp_path / "digits.pt", 4)
+        arguments.make_network("digits", tmp_path / "digits.pt", 4)
+
+
+def test_weights_adapted_with_lite_modules_are_loaded_under_the_same_plan(modicum, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from modicum.models import MobileNetV2\ndef make():\n    return MobileNetV2(3, 0.1)\n"
+    )
+    net, plan, saved = f"{tmp_path / 'net.py'}:make", tmp_path / "plan.json", tmp_path / "a.pt"
+    method = ["--method", "tinytl:drop=0.5", "--lr", 0.05]
+    done = modicum("plan", net, "--input", "1x3x16x16", *method, "--out", plan)
+    assert done.code == 0, done.err
+    x = np.random.default_rng(0).normal(size=(6, 3, 16, 16)).astype(np.float32)
+    data = tmp_path / "data.npz"
+    np.savez(data, x=x, y=np.arange(6) % 3)
+    words = ["adapt", net, "--plan", plan, "--data", data, "--test", data, "--epochs", 1]
+    first = modicum(*words, "--save", saved, "--out", tmp_path / "first.json")
+    assert first.code == 0, first.err
+    again = modicum(*words, "--weights", saved, "--out", tmp_path / "again.json")
+    assert again.code == 0, again.err
+    before, after = (mo.Trace.load(tmp_path / f"{name}.json") for name in ("first", "again"))
+    assert np.array_equal(after.logits_before, before.logits_after)
+    assert not np.array_equal(before.logits_before, before.logits_after)
+    shape = ["--input", "1x3x16x16", "--weights", saved]
+    assert modicum("plan", net, *shape, *method).code == 0
+    plain = modicum("plan", net, *shape, "--method", "last")
+    assert plain.code == 1 and "--method tinytl" in plain.err
 
 
 @pytest.mark.parametrize(

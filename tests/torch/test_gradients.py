@@ -107,6 +107,12 @@ def test_a_generated_net_has_autograds_gradients_and_kept_bytes(job):
     agrees(job["graph"], job["selection"], job["loss"])
 
 
+@settings(max_examples=60)
+@given(graphs.sliced())
+def test_slices_on_both_axes_have_autograds_gradients_and_kept_bytes(job):
+    agrees(job["graph"], job["selection"], job["loss"])
+
+
 def agrees(graph: Graph, selection: Selection, loss: str = "cross_entropy") -> None:
     model = GraphModel(graph)
     x, y = samples(graph, loss, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from torch import nn
 
 import modicum as mo
 from modicum.blocks import find_blocks
-from modicum.errors import UnsupportedOperator, UsageError
+from modicum.errors import InvalidInput, UnsupportedOperator, UsageError
 from modicum.lite import Lite, LiteResidual, StandardisedConv2d, norm_groups
-from modicum.models import MODELS
+from modicum.models import MODELS, load_weights
 
 MODES = ("bias", "lite", "lite+bias")
 
@@ -279,6 +280,95 @@ def test_training_lowers_the_loss(mode):
     x = image(n=12).numpy() + np.eye(4, 3, dtype=np.float32)[y][:, :, None, None]
     trace = mo.adapt(model, plan, (x, y), epochs=20)
     assert np.mean(trace.losses[-12:]) < 0.7 * np.mean(trace.losses[:12])
+
+
+# ---- the first blocks left out -----------------------------------------------------------------
+
+BLOCKS = ("1.0.body", "1.1", "1.2.body", "1.3.body")
+
+
+def four_blocks() -> nn.Module:
+    torch.manual_seed(1)
+    return net(inverted(6, 6), inverted(6, 8, 2), inverted(8, 8), inverted(8, 8))
+
+
+def plan_of(model: nn.Module, **fields: object) -> mo.Plan:
+    method = mo.TinyTL(**fields)
+    return mo.plan(mo.capture(mo.prepare_model(model, image(), method), image()), method=method)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dropped_blocks_train_nothing_and_back_propagation_stops_behind_them(mode):
+    plans = [plan_of(four_blocks(), mode=mode, drop=n / 4) for n in range(4)]
+    for n, plan in enumerate(plans):
+        names = [u.param for u in plan.selection.updates]
+        trained = {block for block in BLOCKS if any(p.startswith(f"{block}.") for p in names)}
+        assert trained == set(BLOCKS[n:])
+        assert n == 0 or not any(p.startswith("0.") for p in names)  # the stem
+        there = {p.split(".lite.")[0] for p in plan.graph.params if ".lite." in p}
+        assert there == (set() if mode == "bias" else set(BLOCKS[n:]))
+    for more, less in itertools.pairwise(plan.cost for plan in plans):
+        assert less.macs_backward < more.macs_backward and less.saved < more.saved
+        assert less.trained_params < more.trained_params
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_share_that_rounds_to_no_block_changes_nothing(mode):
+    whole, none = (mo.TinyTL(mode=mode, drop=drop) for drop in (0.0, 0.12))
+    a, b = (mo.prepare_model(four_blocks(), image(), method) for method in (whole, none))
+    assert a.state_dict().keys() == b.state_dict().keys()
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    graph = mo.capture(a, image())
+    assert whole.select(graph) == none.select(graph)
+    half = plan_of(four_blocks(), mode=mode, drop=0.125).selection  # rounds to one block
+    assert len(half.updates) < len(whole.select(graph).updates)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_when_all_blocks_are_dropped_the_head_is_left(mode):
+    model = two_blocks()
+    assert {u.param for u in plan_of(model, mode=mode, drop=0.75).selection.updates} == {
+        "4.weight", "4.bias"
+    }  # fmt: skip
+    lite = mo.add_lite_residuals(model, image())
+    method = mo.TinyTL(mode=mode, drop=0.75)
+    names = {u.param for u in method.select(mo.capture(lite, image())).updates}
+    assert names == {"4.weight", "4.bias"}
+
+
+def test_lite_modules_that_are_there_are_not_trained_in_dropped_blocks():
+    graph = mo.capture(mo.add_lite_residuals(two_blocks(), image()), image())
+    names = {u.param for u in mo.TinyTL(mode="lite", drop=0.5).select(graph).updates}
+    assert {n.partition(".lite.")[0] for n in names} == {"1.1", "4.weight", "4.bias"}
+
+
+def test_a_dropped_block_need_not_be_a_module_of_its_own():
+    model = seq(*inverted(3, 4, 2), seq(inverted(4, 4)), nn.Flatten(), nn.Linear(168, 2)).eval()
+    with pytest.raises(UsageError, match="1 of 2 blocks cannot"):
+        mo.add_lite_residuals(model, image())
+    lite = mo.add_lite_residuals(model, image(), drop=0.5)
+    assert torch.equal(lite(image()), model(image()))
+
+
+def test_drop_needs_blocks_and_is_a_share_below_1():
+    model = seq(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(396, 2)).eval()
+    with pytest.raises(UsageError, match="no inverted residual blocks"):
+        plan_of(model, mode="bias", drop=0.5)
+    with pytest.raises(UsageError, match="from 0 to below 1"):
+        mo.add_lite_residuals(two_blocks(), image(), drop=1.0)
+
+
+# ---- weights of a net with lite modules --------------------------------------------------------
+
+
+def test_weights_with_lite_modules_say_where_they_belong():
+    plain = two_blocks()
+    lite = mo.add_lite_residuals(plain, image())
+    with pytest.raises(InvalidInput, match=r"prepare_model\(net, example, method\)"):
+        load_weights(plain, lite.state_dict())
+    with pytest.raises(InvalidInput, match="into the net first"):
+        load_weights(lite, plain.state_dict())
+    load_weights(mo.add_lite_residuals(plain, image(), seed=3), lite.state_dict())
 
 
 # ---- standardised weights --------------------------------------------------------------------

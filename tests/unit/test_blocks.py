@@ -55,6 +55,23 @@ def test_what_only_looks_like_a_block_is_none(what):
     assert describe(()).startswith("none")
 
 
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_the_gate_of_one_pixel_is_found_whichever_factor_of_the_product_it_is(gate_first):
+    b = Builder(4, 1, 1)
+    y = b.relu(b.conv("input", 12, 1, name="expand"), name="a1")
+    y = b.relu(b.conv(y, 12, 3, 12, name="dw"), name="a2")
+    squeezed = b.add("adaptive_avg_pool2d", y, name="pool", size=(1, 1))
+    squeezed = b.relu(b.conv(squeezed, 2, 1, name="reduce"), name="relu")
+    gate = b.add("hardsigmoid", b.conv(squeezed, 12, 1, name="grow"), name="gate")
+    factors = (gate, y) if gate_first else (y, gate)
+    y = b.conv(b.add("mul", *factors, name="scaled"), 4, 1, name="project")
+    graph = b.graph(b.linear(b.flatten(b.add("add", "input", y, name="sum")), 2))
+    (found,) = find_blocks(graph)
+    assert found.gate == ("pool", "reduce", "relu", "grow", "gate")
+    assert (found.expand, found.depthwise, found.project) == ("expand", "dw", "project")
+    assert found.residual and "scaled" in found.nodes
+
+
 # ---- what MobileTL makes of them -------------------------------------------------------------
 
 

@@ -120,16 +120,16 @@ X = (1, 4, 6, 6)
          "do not fit"),
         (lambda: shape("conv2d", X, params={"weight": (8, 4, 1, 1), "bias": (7,)}, **CONV), "bias"),
         (lambda: shape("conv2d", X, params={"weight": (8, 4, 1, 1)}, **{**CONV, "stride": (0, 1)}),
-         "at least 1"),
+         "stride is 0, not a whole number from 1"),
         (lambda: shape("conv2d", X, params={"weight": (8, 4, 1, 1)},
-                       **{**CONV, "padding": (0, 0, -1, 0)}), "paddings at least 0"),
+                       **{**CONV, "padding": (0, 0, -1, 0)}), "padding is -1"),
         (lambda: shape("linear", (1, 5), params={"weight": (2, 4)}), "do not fit"),
         (lambda: shape("linear", X, params={"weight": (2, 6)}), "rank 2 or 3"),
         (lambda: shape("linear", (1, 4), params={"weight": (2, 4), "bias": (3,)}), "bias"),
         (lambda: shape("batch_norm", X, params={"mean": (4,), "var": (5,)}, eps=1e-5), "channels"),
         (lambda: shape("clamp", X, lo=1.0, hi=1.0), "lo < hi"),
         (lambda: shape("max_pool2d", X, **{**POOL, "kernel": (17, 16)}), "256"),
-        (lambda: shape("max_pool2d", X, **{**POOL, "stride": (0, 2)}), "at least 1"),
+        (lambda: shape("max_pool2d", X, **{**POOL, "stride": (0, 2)}), "stride is 0"),
         (lambda: shape("add", X, (1, 4, 6, 5)), "one shape"),
         (lambda: shape("concat", X, (1, 4, 5, 6), dim=1), "differ outside"),
         (lambda: shape("concat", X, X, dim=0), "any dimension but the batch"),
@@ -142,6 +142,81 @@ X = (1, 4, 6, 6)
 def test_a_malformed_node_says_what_is_wrong(call, why):
     with pytest.raises(ValueError, match=why):
         call()
+
+
+NAN, INF = float("nan"), float("inf")
+NOT_TWO = [(1,), (1, 2, 3), 1, None, "11", (1.0, 1.0), (1, 0), (1, True), (1, 65536), (1, 10**400)]
+NOT_A_NUMBER = [NAN, INF, -INF, None, "1", True, (1.0,), 1e39, -1e39, 10**400]
+NOT_WHOLE = [0, -1, 1.0, NAN, None, "1", True, (1,), 10**400]
+NOT_A_FLAG = [0, 1, None, "", "yes", (True,)]
+WEIGHT, NORM = {"weight": (8, 4, 1, 1)}, {"mean": (4,), "var": (4,)}
+WRONG = [
+    ("conv2d", WEIGHT, CONV, {"stride": NOT_TWO, "dilation": NOT_TWO, "groups": [*NOT_WHOLE, 3],
+                              "padding": [(0, 0), (0, 0, 0, -1), (0.0,) * 4, None, 0],
+                              "standardise": [*NOT_A_NUMBER, 0.0, -1.0, 1e-300]}),
+    ("batch_norm", NORM, {"eps": 1e-5, "momentum": 0.1},
+     {"eps": [*NOT_A_NUMBER, -1e-5], "momentum": [*filter(None, NOT_A_NUMBER), -0.1, 1.1]}),
+    ("group_norm", {}, {"groups": 2, "eps": 1e-5},
+     {"groups": [*NOT_WHOLE, 3, 8], "eps": [*NOT_A_NUMBER, 0.0, -1.0, 1e-300]}),
+    ("clamp", {}, {"lo": 0.0, "hi": 6.0},
+     {"lo": [*filter(None, NOT_A_NUMBER), 6.0, 7], "hi": [*filter(None, NOT_A_NUMBER), 0.0, -1]}),
+    ("clamp", {}, {"lo": None, "hi": 6.0}, {"hi": [*NOT_A_NUMBER]}),
+    ("clamp", {}, {"lo": -1.0, "hi": None}, {"lo": [*NOT_A_NUMBER], "sign": [True]}),
+    ("max_pool2d", {}, POOL, {"kernel": NOT_TWO, "stride": NOT_TWO, "dilation": NOT_TWO,
+                              "pad": [(0, -1), (0, 2), (0,), (0.0, 0.0)], "ceil": NOT_A_FLAG}),
+    ("max_pool2d", {}, {**POOL, "dilation": (6, 1), "pad": (1, 1)}, {"dilation": [(7, 1)]}),
+    ("avg_pool2d", {}, {**POOL, "dilation": (1, 1), "include_pad": True, "divisor": 0},
+     {"pad": [(2, 0)], "include_pad": NOT_A_FLAG, "divisor": [-1, 1.5, NAN, True, None, 10**400]}),
+    ("adaptive_avg_pool2d", {}, {"size": (1, 1)}, {"size": NOT_TWO}),
+    ("resize", {}, {"size": (3, 3), "scales": (0.5, 0.5), "mode": "nearest", "align": False},
+     {"size": [*NOT_TWO, (4, 3)], "mode": ["cubic", None, 0], "align": NOT_A_FLAG,
+      "scales": [(NAN, 0.5), (0.5, INF), (-0.5, 0.5), (0.5,), (0.5, 1.5), (1e-300, 0.5),
+                 (10**400, 0.5), None, "xx"]}),
+    ("concat", {}, {"dim": 1}, {"dim": [*NOT_WHOLE, 4]}),
+    ("reshape", {}, {"shape": (1, 144)}, {"shape": [(1, 144.0), (1, -12, -12), (144,), None, 144]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "params", "good", "wrong"), WRONG, ids=[f"{row[0]}{i}" for i, row in enumerate(WRONG)]
+)
+def test_an_attribute_of_a_wrong_type_or_out_of_range_is_malformed(op, params, good, wrong):
+    shape(op, X, params=params, **good)
+    for key, values in wrong.items():
+        for value in values:
+            with pytest.raises((ValueError, TypeError)):
+                print(key, value, shape(op, X, params=params, **{**good, key: value}))
+
+
+@pytest.mark.parametrize(
+    ("op", "attrs"),
+    [
+        ("batch_norm", {"eps": 0.0, "momentum": None}),
+        ("batch_norm", {"eps": 0, "momentum": 1}),
+        ("clamp", {"lo": -0.0, "hi": None}),
+        ("clamp", {"lo": None, "hi": -3}),
+        ("clamp", {"lo": 0.0, "hi": 1.0, "sign": True}),
+        ("max_pool2d", {**POOL, "dilation": (6, 1), "stride": (6, 1), "pad": (3, 1)}),
+        ("resize", {"size": (13, 6), "scales": (2.3, 0.0), "mode": "bilinear", "align": True}),
+        ("adaptive_avg_pool2d", {"size": (65535, 1)}),
+    ],
+)
+def test_attributes_at_their_bounds_are_taken(op, attrs):
+    assert min(shape(op, X, params=NORM if op == "batch_norm" else {}, **attrs)) > 0
+
+
+@pytest.mark.parametrize("inputs", [(), ("below", "below"), ("below", "below", "below")])
+@pytest.mark.parametrize("op", ["clamp", "add"])
+def test_a_node_with_another_number_of_inputs_is_malformed(op, inputs):
+    b = Builder(3)
+    y = b.linear("input", 3, name="below")
+    y = b.add("add", y, y, name="op") if op == "add" else b.relu(y, name="op")
+    graph = b.graph(y)
+    check_graph(graph)
+    if len(inputs) != len(graph.by_name["op"].inputs):
+        node = graph.by_name["op"].model_copy(update={"inputs": inputs})
+        with pytest.raises(InvalidInput, match="malformed"):
+            check_graph(graph.model_copy(update={"nodes": (*graph.nodes[:-1], node)}))
 
 
 def test_a_graph_with_an_unknown_operator_or_a_wrong_shape_is_refused():

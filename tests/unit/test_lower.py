@@ -47,6 +47,11 @@ CONV = layer(lambda b, x: b.conv(x, 5, name="op"))
 GROUPED = layer(lambda b, x: b.conv(x, 4, groups=2, name="op"))
 DEPTHWISE = layer(lambda b, x: b.conv(x, 6, groups=6, name="op"))
 NORM = layer(lambda b, x: b.norm(x, name="op"))
+GROUP_NORM = layer(
+    lambda b, x: b.add(
+        "group_norm", x, params={"weight": (6,), "bias": (6,)}, name="op", groups=2, eps=1e-5
+    )
+)
 
 
 @pytest.mark.parametrize(
@@ -58,22 +63,57 @@ NORM = layer(lambda b, x: b.norm(x, name="op"))
         (CONV, part("op.weight", inp=(0, 5)), [("channels", "below", IMAGE // 3)]),
         (CONV, part("op.weight", (0,), (3,)), [("channels", "below", IMAGE // 6)]),
         (CONV, part("op.weight", inp=tuple(range(6))), [("value", "below", IMAGE)]),
+        (GROUPED, part("op.weight"), [("value", "below", IMAGE)]),
         (GROUPED, part("op.weight", out=(0, 3)), [("value", "below", IMAGE)]),
+        (GROUPED, part("op.weight", out=(2, 3)), [("channels", "below", IMAGE // 2)]),
+        (GROUPED, part("op.weight", inp=(1,)), [("channels", "below", IMAGE // 3)]),
+        (GROUPED, part("op.weight", (0,), (0, 2)), [("channels", "below", IMAGE // 3)]),
+        (GROUPED, part("op.weight", inp=(0, 1, 2)), [("value", "below", IMAGE)]),
         (DEPTHWISE, part("op.weight"), [("value", "below", IMAGE)]),
         (DEPTHWISE, part("op.weight", out=(2, 4)), [("channels", "below", IMAGE // 3)]),
         (NORM, part("op.weight"), [("value", "below", IMAGE)]),
         (NORM, part("op.weight", out=(0, 1, 2)), [("channels", "below", IMAGE // 2)]),
         (NORM, part("op.bias"), []),
+        (GROUP_NORM, part("op.weight"), [("value", "below", IMAGE), ("stats", "op", 16)]),
+        (GROUP_NORM, part("op.weight", out=(1, 5)),
+         [("channels", "below", IMAGE // 3), ("stats", "op", 16)]),
+        (GROUP_NORM, part("op.bias", out=(1, 5)), []),
         (CONV, part("head.weight"), None),
         (CONV, part("head.bias"), []),
     ],
-)
+)  # fmt: skip
 def test_a_layer_keeps_the_smallest_thing_its_own_gradient_needs(graph, update, keeps):
     found = kept(train(graph, update))
     if keeps is None:
         assert found == {"head": [("value", "flat", 4 * 5 * 4 * 4)]}
     else:
         assert found == ({"op": keeps} if keeps else {})
+
+
+def test_a_norm_keeps_the_channels_of_its_sliced_scale_until_a_layer_below_is_trained():
+    scale = part("op.weight", out=(0, 4))
+    for graph, norms, stats in ((NORM, ("op",), 48), (GROUP_NORM, (), 16)):
+        alone = Selection(updates=(scale,), batch_norms=norms)
+        assert lower(graph, alone, SGD()).saved_bytes == IMAGE // 3 + stats
+        above = Selection(updates=(part("below.bias"), scale), batch_norms=norms)
+        assert lower(graph, above, SGD()).saved_bytes == IMAGE + stats
+
+
+def test_a_grouped_weight_counts_its_slices_once_however_its_groups_share_them():
+    one = 3 * 9 * 16  # a channel of GROUPED's output
+    for s, want in {
+        part("op.weight"): 4 * one,
+        part("op.weight", out=(1,)): one,
+        part("op.weight", out=(0, 2)): 2 * one,
+        part("op.weight", out=(0, 2, 3)): 3 * one,  # two of one group, one of the other
+        part("op.weight", out=(0, 2, 3), inp=(1,)): one,
+        part("op.weight", inp=(0, 2)): 4 * one * 2 // 3,
+    }.items():
+        program = train(GROUPED, s)
+        calls = [c for step in program.steps for c in step.calls if c.fn == "mo_conv2d_dw"]
+        of_op = sum(c.macs for c in calls)
+        assert program.macs["op"].dw == of_op == want
+        assert len(calls) == (2 if s.slice.out == (0, 2, 3) else 1)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +382,6 @@ def test_macs_count_what_the_slices_leave():
         (CONV, [part("op.weight", out=(5,))], "has no output channel 5"),
         (CONV, [part("op.weight", inp=(0, 6))], "has no input channel 6"),
         (CONV, [part("op.bias", inp=(0,))], "has no input channels to slice"),
-        (GROUPED, [part("op.weight", inp=(0,))], "grouped convolution: slice its output"),
         (CONV, [Update(param="op.bias", rates=(1.0, 0.5))], "step size per inner step"),
     ],
 )

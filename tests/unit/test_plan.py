@@ -161,6 +161,48 @@ def test_whatever_stands_in_a_field_the_answer_is_a_plan_or_invalid_input(data):
     reads_or_refuses(text)
 
 
+def many_operators() -> graphs.Graph:
+    """A net with every kind of attribute."""
+    b = Builder(4, 9, 9)
+    x = b.norm(b.conv("input", 6, groups=2, standardise=0.1))
+    window = {"kernel": (2, 2), "stride": (2, 2), "pad": (1, 0), "ceil": False}
+    x = b.relu(b.add("max_pool2d", x, **window, dilation=(1, 2)), -1.0, 6.0)
+    x = b.add("resize", x, size=(6, 7), mode="bilinear", align=False, scales=(1.3, 0.0))
+    x = b.add("avg_pool2d", x, **window, include_pad=True, divisor=3)
+    x = b.add("group_norm", x, params={"weight": (6,), "bias": (6,)}, groups=3, eps=1e-5)
+    x = b.add("adaptive_avg_pool2d", b.add("concat", x, x, dim=1), size=(2, 1))
+    return b.graph(b.linear(b.flatten(x), 3, name="head"))
+
+
+@pytest.mark.slow
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_whatever_an_attribute_is_the_answer_is_a_plan_that_prints_or_invalid_input(data):
+    plan = mo.plan(many_operators())
+    tree = {**plan.model_dump(mode="json"), "hash": plan.hash}
+    paths = [p for p in leaves(tree["graph"]["nodes"]) if p[1] == "attrs"]
+    path = ("graph", "nodes", *data.draw(st.sampled_from(paths)))
+    path = path[: data.draw(st.integers(4, len(path)))]
+    text = signed(changed(tree, path, data.draw(st.sampled_from(ODD))))
+    with contextlib.suppress(InvalidInput):
+        again = Plan.from_json(text)
+        assert str(again) and again.program.steps
+
+
+@pytest.mark.parametrize(
+    ("attr", "value"),
+    [("eps", float("nan")), ("eps", -1.0), ("momentum", 2), ("groups", 4), ("lo", float("nan")),
+     ("lo", 7), ("size", [0, 3]), ("scales", [-1.0, 0.0]), ("stride", [1.5, 1.0]), ("align", 1)],
+)  # fmt: skip
+def test_a_plan_with_a_malformed_attribute_is_refused_with_the_name_of_its_node(attr, value):
+    plan = mo.plan(many_operators())
+    tree = {**plan.model_dump(mode="json"), "hash": plan.hash}
+    node = next(i for i, n in enumerate(tree["graph"]["nodes"]) if attr in n["attrs"])
+    with pytest.raises(InvalidInput, match="malformed") as caught:
+        Plan.from_json(signed(changed(tree, ("graph", "nodes", node, "attrs", attr), value)))
+    assert repr(plan.graph.nodes[node].name) in str(caught.value)
+
+
 @pytest.mark.slow
 @settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())

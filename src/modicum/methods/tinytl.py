@@ -1,11 +1,16 @@
-"""TinyTL (Cai et al., NeurIPS 2020): biases, lite residual modules, or both."""
+"""TinyTL (Cai et al., NeurIPS 2020): biases, lite residual modules, or both.
+
+And AdapterDrop (Rückle et al., EMNLP 2021) of it: none of them in the first blocks.
+"""
 
 from __future__ import annotations
 
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from modicum.blocks import describe, find_blocks
 from modicum.errors import UsageError
 from modicum.graph import Graph
 from modicum.methods.base import Method
@@ -34,6 +39,12 @@ class TinyTL(Method):
     The last `head` convolutions and linear layers are trained whole in every mode (0: none).
     A parameter belongs to a lite module when one part of its dotted name is ``lite``.
 
+    `drop` is AdapterDrop (Rückle et al., EMNLP 2021, arXiv 2010.11918) on top of TinyTL, as
+    TinyTrain (Kwon et al., ICML 2024) compares with it; AdapterDrop-25, -50 and -75 are 0.25, 0.5
+    and 0.75.  Of n inverted residual blocks the first drop * n, rounded half up, are dropped (of
+    few blocks that may be all): they get no lite module, and no bias in them or before them is
+    trained, so that back-propagation stops behind them.
+
     `kernel`, `groups`, `norm_channels`, `standardise`, `backbone_norm` and `seed` are those of
     `modicum.add_lite_residuals`.  `modicum.prepare_model` puts the modules into a model before
     it is captured, as the command line does by itself; a selection of "lite" on a graph without
@@ -46,6 +57,7 @@ class TinyTL(Method):
     kind: Literal["tinytl"] = "tinytl"
     mode: Literal["bias", "lite", "lite+bias"] = "lite+bias"
     head: Annotated[int, Field(ge=0)] = 1
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
     kernel: Annotated[int, Field(ge=1)] = 5
     groups: Annotated[int, Field(ge=1)] = 2
     norm_channels: Annotated[int, Field(ge=1)] = 8
@@ -55,26 +67,54 @@ class TinyTL(Method):
 
     def select(self, graph: Graph) -> Selection:
         lite = {name for name in graph.trainable() if in_lite(name)}
+        left, early = self._left(graph)
         chosen = {u.param for u in Last(n=self.head).select(graph).updates} if self.head else set()
         if "lite" in self.mode:
-            if not lite:
+            if left and not lite:
                 raise UsageError(
                     "the model has no lite residual modules to train",
                     why=f"no parameter has {LITE!r} as a part of its name",
                     hint="capture what modicum.prepare_model(model, example, method) returns "
                     '(the command line does so by itself), or mode="bias"',
                 )
-            chosen |= lite
+            chosen |= lite - early if left else set()
         if "bias" in self.mode:
-            chosen |= {p for n in graph.nodes for r, p in n.params.items() if r == "bias"} - lite
+            biases = {p for n in graph.nodes for r, p in n.params.items() if r == "bias"}
+            chosen |= biases - lite - early
             chosen -= last_shifts(graph)
         names = [name for name in graph.trainable() if name in chosen]
         return Selection(updates=tuple(Update(param=name) for name in names))
+
+    def _left(self, graph: Graph) -> tuple[bool, set[str]]:
+        """Whether blocks are left, and the parameters before them if others are dropped."""
+        blocks = find_blocks(graph) if self.drop else ()
+        if self.drop and not blocks:
+            raise UsageError(
+                "the model has no inverted residual blocks, of which drop leaves out the first",
+                where=f"found {describe(blocks)}",
+                hint="drop=0",
+            )
+        n = dropped(self.drop, len(blocks))
+        if n == 0:
+            return True, set()
+        left = blocks[n:]
+        names = [node.name for node in graph.nodes]
+        end = names.index(left[0].nodes[0]) if left else names.index(blocks[-1].nodes[-1]) + 1
+        return bool(left), {p for node in graph.nodes[:end] for p in node.params.values()}
 
     def smaller(self) -> Method | None:
         if self.mode != "bias":
             return self.model_copy(update={"mode": "bias"})
         return Last(n=self.head) if self.head else None
+
+
+def dropped(drop: float, blocks: int) -> int:
+    """drop * blocks, rounded half up.
+
+    >>> [dropped(drop, 10) for drop in (0.0, 0.25, 0.5, 0.75, 0.04)], dropped(0.29, 50)
+    ([0, 3, 5, 8, 0], 15)
+    """
+    return int((Decimal(str(drop)) * blocks).quantize(Decimal(1), ROUND_HALF_UP))
 
 
 def in_lite(name: str) -> bool:

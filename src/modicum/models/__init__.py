@@ -21,7 +21,7 @@ from modicum.models.mobile import (
 )
 from modicum.models.small import DigitsNet, Mlp, SmallCnn
 from modicum.models.sources import names
-from modicum.models.weights import Loaded, load_weights
+from modicum.models.weights import Loaded, load_weights, read_weights
 
 __all__ = [
     "FOLDED",
@@ -44,6 +44,7 @@ __all__ = [
     "Style",
     "load_weights",
     "names",
+    "read_weights",
 ]
 
 Rgb = tuple[float, float, float]

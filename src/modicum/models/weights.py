@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modicum.errors import InvalidInput, UsageError
+from modicum.methods.tinytl import in_lite
 from modicum.models.inverted_residual import Backbone
 from modicum.models.sources import SOURCES, names
 
@@ -54,7 +55,7 @@ def load_weights(
     >>> print(load_weights(MobileNetV2(5, 0.1), MobileNetV2(1000, 0.1).state_dict()).why)
     1000 classes in the weights, 5 in the net
     """
-    state = _read(Path(weights)) if isinstance(weights, str | Path) else _checked(weights)
+    state = read_weights(weights) if isinstance(weights, str | Path) else _checked(weights)
     if source == "auto":
         source = _source(net, state)
     theirs, strangers = _renamed(net, state, source)
@@ -144,6 +145,15 @@ def _misfit(ours: str, name: str, tensor: Tensor, want: Tensor) -> str:
 def _hint(net: nn.Module, state: Mapping[str, Tensor]) -> str:
     if state and all(name.startswith("module.") for name in state):
         return "the names without their 'module.': {k[7:]: v for k, v in state.items()}"
+    ours, theirs = (any(map(in_lite, entries)) for entries in (net.state_dict(), state))
+    if theirs and not ours:
+        return (
+            "they are of a net with TinyTL's lite modules: load them into prepare_model(net, "
+            "example, method), with the method that they were trained by; on the command line "
+            "name it, as --method tinytl or in a plan"
+        )
+    if ours and not theirs:
+        return "load them into the net first, and put lite modules into it after that"
     if isinstance(net, Backbone):
         ours, theirs = (
             any(name.endswith("running_var") for name in entries)
@@ -166,7 +176,9 @@ def _some(lines: list[str]) -> list[str]:
 # ---- what comes from outside -----------------------------------------------------------------
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def read_weights(path: str | Path) -> Mapping[str, Tensor]:
+    """The state dict in a file of one of the kinds that `load_weights` takes."""
+    path = Path(path)
     if not path.is_file():
         raise InvalidInput(f"there is no file {path}")
     try:

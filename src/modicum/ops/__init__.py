@@ -11,11 +11,13 @@ from modicum.ops.batch_norm import BatchNorm, BatchStatNorm
 from modicum.ops.clamp import Clamp
 from modicum.ops.concat import Concat
 from modicum.ops.conv2d import Conv2d
+from modicum.ops.cosine import Cosine
 from modicum.ops.group_norm import GroupNorm
 from modicum.ops.linear import Linear
 from modicum.ops.mul import Mul
 from modicum.ops.norm_conv2d import NormConv2d
 from modicum.ops.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from modicum.ops.probe import Probe
 from modicum.ops.reshape import Reshape
 from modicum.ops.resize import Resize
 
@@ -25,6 +27,7 @@ _ALL = (
     *(Clamp, HardSwish, HardSigmoid, Sigmoid, SiLU),
     *(MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Resize),
     *(Add, Mul, Concat, Reshape),
+    *(Cosine, Probe),
 )
 
 OPS: dict[str, Op] = {cls.name: cls() for cls in _ALL}
@@ -37,6 +40,8 @@ def check_graph(graph: Graph) -> None:
         if op is None:
             raise InvalidInput(f"the graph has an unknown operator {node.op!r}", where=node.name)
         try:
+            if len(node.inputs) != (op.arity or len(node.inputs)):
+                raise ValueError(f"takes {op.arity} inputs, not {len(node.inputs)}")
             shape = op.shape(node, [graph.shape(x) for x in node.inputs], graph.params)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InvalidInput(

@@ -7,6 +7,7 @@ from modicum.ops.base import Buf, Call, Op
 
 class Add(Op):
     name = "add"
+    arity = 2
     plain_autograd = True
     clamps = True
 

@@ -156,13 +156,16 @@ class BackwardArgs(ForwardArgs):
     """What an operator needs to write its backward calls.
 
     `dy` is the gradient buffer of the output, `kept` maps what `saved` listed to buffers, `dx`
-    is the buffer of the input gradient being written, `accumulate` adds to it.
+    is the buffer of the input gradient being written, `accumulate` adds to it.  `wanted` is what
+    `saved` was asked with, `space` a buffer of as many floats as `workspace` says.
     """
 
     dy: str = ""
     dx: str = ""
     accumulate: bool = False
     kept: tuple[str, ...] = ()
+    wanted: Wanted = field(default_factory=lambda: Wanted(()))
+    space: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,10 @@ class Op:
     """
 
     name: ClassVar[str]
+    arity: ClassVar[int] = 1  # inputs; 0: any number
     roles: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()  # parameters that the forward pass itself moves
+    refreshed: ClassVar[tuple[str, ...]] = ()  # those that a pass over the support set renews
     clamps: ClassVar[bool] = False  # its C kernel can clamp the output while storing it
     accumulates: ClassVar[bool] = False  # its dx kernel can add to an existing gradient
     plain_autograd: ClassVar[bool] = False  # PyTorch's own backward keeps nothing for it
@@ -286,9 +291,17 @@ class Op:
         """The call that moves what `states` lists, once the sample's loss is known to be finite."""
         raise NotImplementedError
 
-    def slices_rows(self, graph: Graph, node: Node, s: Slice) -> bool:
-        """True when `c_grad` picks the sliced output channels itself, from the whole dy."""
+    def c_refresh(self, f: ForwardArgs) -> Call:
+        """The call that adds a sample to what `refreshed` lists, after a forward pass."""
+        raise NotImplementedError
+
+    def slices_rows(self, graph: Graph, node: Node, wanted: Wanted) -> bool:
+        """True when `c_grad` picks a weight's output channels itself, from the whole dy."""
         return False
+
+    def workspace(self, graph: Graph, node: Node, wanted: Wanted) -> int:
+        """Floats that the `c_grad` of a sliced weight needs beside the gradient."""
+        return 0
 
 
 def clamp_args(lo: float | None, hi: float | None) -> tuple[Arg, Arg]:

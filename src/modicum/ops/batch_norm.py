@@ -9,7 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from modicum.errors import InvalidInput, UsageError
+from modicum.ops.attributes import number
 from modicum.ops.base import Buf, Call, Const, GradCall, Kept, Op, channels_last, count
+from modicum.ops.channels import (
+    check_entries,
+    entries,
+    pick,
+    scale_grad,
+    scale_input,
+    scale_space,
+    spread,
+    total,
+)
 
 
 class BatchNorm(Op):
@@ -22,14 +33,7 @@ class BatchNorm(Op):
 
     def saved(self, graph, node, wanted):
         s = wanted.params.get("weight")
-        if s is None:
-            return ()
-        x = graph.values[node.inputs[0]]
-        if s.out is None:
-            return (Kept("value", x.name, x.bytes, why="input, for the scale's gradient"),)
-        part = x.bytes // x.shape[1] * len(s.out)
-        why = f"{len(s.out)} of {x.shape[1]} channels, for the scale's gradient"
-        return (Kept("channels", x.name, part, channels=s.out, why=why),)
+        return () if s is None else (scale_input(graph, node, s),)
 
     def elementwise(self, graph, node, wanted):
         params = wanted.params
@@ -38,18 +42,17 @@ class BatchNorm(Op):
     def forward(self, node, x, p):
         scale = p["weight"] * p["rstd"]
         shift = p["bias"] - p["mean"] * scale
-        return x[0] * _spread(scale, x[0]) + _spread(shift, x[0])
+        return x[0] * spread(scale, x[0]) + spread(shift, x[0])
 
     def backward(self, node, dy, kept, p, wanted, x_shapes):
         grads = {}
         if "bias" in wanted.params:
-            grads["bias"] = _sum(_pick(dy, wanted.params["bias"]))
+            grads["bias"] = total(pick(dy, wanted.params["bias"]))
         if "weight" in wanted.params:
             s = wanted.params["weight"]
-            pick = slice(None) if s.out is None else list(s.out)
-            x_hat = (kept[0] - _spread(p["mean"][pick], dy)) * _spread(p["rstd"][pick], dy)
-            grads["weight"] = _sum(_pick(dy, s) * x_hat)
-        dx = dy * _spread(p["weight"] * p["rstd"], dy) if wanted.dx[0] else None
+            mean, rstd = (spread(entries(p[r], s), dy) for r in ("mean", "rstd"))
+            grads["weight"] = total(pick(dy, s) * ((kept[0] - mean) * rstd))
+        dx = dy * spread(p["weight"] * p["rstd"], dy) if wanted.dx[0] else None
         return [dx], grads
 
     def inplace(self, graph, node):
@@ -79,27 +82,11 @@ class BatchNorm(Op):
 
 
 def _same_shape(node, inputs, params):
-    channels = inputs[0][1]
-    for role, name in node.params.items():
-        if params[name].shape != (channels,):
-            raise ValueError(f"{role} is {params[name].shape}, the input has {channels} channels")
+    check_entries(node, params, inputs[0][1])
+    number(node, "eps", 0.0)
+    if node.attrs.get("momentum") is not None:
+        number(node, "momentum", 0.0, 1.0)
     return inputs[0]
-
-
-def _rows(grad, s):
-    return grad if s.out is None else grad[list(s.out)]
-
-
-def _spread(v, like):
-    return v.reshape(1, -1, *[1] * (like.dim() - 2))
-
-
-def _pick(dy, s):
-    return dy if s.out is None else dy[:, list(s.out)]
-
-
-def _sum(t):
-    return t.sum([d for d in range(t.dim()) if d != 1])
 
 
 class BatchStatNorm(Op):
@@ -122,10 +109,11 @@ class BatchStatNorm(Op):
     def saved(self, graph, node, wanted):
         x = graph.values[node.inputs[0]]
         stats = Kept("stats", node.name, 8 * x.shape[1], why="statistics of the batch")
-        if not wanted.dx[0] and "weight" not in wanted.params:
-            return (stats,)
-        why = "input, for the gradients through the statistics"
-        return (stats, Kept("value", x.name, x.bytes, why=why))
+        if wanted.dx[0]:
+            why = "input, for the gradients through the statistics"
+            return (stats, Kept("value", x.name, x.bytes, why=why))
+        s = wanted.params.get("weight")
+        return (stats,) if s is None else (stats, scale_input(graph, node, s))
 
     def elementwise(self, graph, node, wanted):
         """Mean, variance and xhat; the two sums, which are the parameters' gradients, and dx."""
@@ -155,15 +143,19 @@ class BatchStatNorm(Op):
     def backward(self, node, dy, kept, p, wanted, x_shapes):
         import torch
 
-        if len(kept) == 1:
-            return [None], {"bias": _sum(_pick(dy, wanted.params["bias"]))}
-        (mean, rstd), x = kept
-        mask = (wanted.dx[0], "weight" in wanted.params, "bias" in wanted.params)
+        mean, rstd = kept[0]
+        if not wanted.dx[0]:
+            grads = {r: total(pick(dy, s)) for r, s in wanted.params.items() if r == "bias"}
+            if "weight" in wanted.params:
+                s = wanted.params["weight"]
+                shift, scale = (spread(entries(v, s), dy) for v in (mean, rstd))
+                grads["weight"] = total(pick(dy, s) * ((kept[1] - shift) * scale))
+            return [None], grads
+        mask = (True, "weight" in wanted.params, "bias" in wanted.params)
         norm = (p["weight"], p["mean"], p["var"], mean, rstd, True, node.attrs["eps"])
-        dx, *grads = torch.ops.aten.native_batch_norm_backward(dy, x, *norm, mask)
-        found = dict(zip(("weight", "bias"), grads, strict=True))
-        picked = {r: _rows(found[r], s) for r, s in wanted.params.items()}
-        return [dx if wanted.dx[0] else None], picked
+        dx, dw, db = torch.ops.aten.native_batch_norm_backward(dy, kept[1], *norm, mask)
+        found = {"weight": dw, "bias": db}
+        return [dx], {r: entries(found[r], s) for r, s in wanted.params.items()}
 
     def dx_inplace(self, graph, node, i):
         return True
@@ -200,6 +192,17 @@ class BatchStatNorm(Op):
         if role == "bias":
             n = count(s.out, c)
             return GradCall((Call("mo_bias_grad", (grad, Buf(b.dy), pixels, n, int(acc))),), 1, n)
-        mean, rstd = Buf(b.kept[0]), Buf(b.kept[0], offset=c)
-        args = (grad, Buf(b.dy), Buf(b.kept[1]), mean, rstd, pixels, c, int(acc))
-        return GradCall((Call("mo_affine_dgamma", args),), 1, c)
+        stats, x = b.kept
+        mean, rstd = Buf(stats), Buf(stats, offset=c)
+
+        def every(out: Buf, acc: bool) -> Call:
+            args = (out, Buf(b.dy), Buf(x), mean, rstd, pixels, c, int(acc))
+            return Call("mo_affine_dgamma", args)
+
+        return scale_grad(b, s, grad, acc, (x, stats, c), every)
+
+    def slices_rows(self, graph, node, wanted):
+        return wanted.dx[0]
+
+    def workspace(self, graph, node, wanted):
+        return scale_space(wanted.params["weight"], graph.shape(node.name)[1], wanted)

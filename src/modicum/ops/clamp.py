@@ -9,9 +9,11 @@ stored as -0.0 then, so that the output tells the sign of the input, and the sam
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from modicum.graph import Node
+from modicum.ops.attributes import number
 from modicum.ops.base import Buf, Call, Kept, Op, clamp_args, mask_bytes
 
 
@@ -39,9 +41,11 @@ class Clamp(Op):
     name = "clamp"
 
     def shape(self, node, inputs, params):
-        lo, hi = node.attrs["lo"], node.attrs["hi"]
-        if lo is not None and hi is not None and not lo < hi:
-            raise ValueError(f"needs lo < hi, not {lo} and {hi}")
+        bounds = {k: number(node, k) for k in ("lo", "hi") if node.attrs[k] is not None}
+        if not bounds or not bounds.get("lo", -math.inf) < bounds.get("hi", math.inf):
+            raise ValueError(f"needs lo < hi, not {node.attrs['lo']} and {node.attrs['hi']}")
+        if node.attrs.get("sign") and not self.takes_sign(node):
+            raise ValueError("a sign mask needs a clamp from 0 on")
         return inputs[0]
 
     def elementwise(self, graph, node, wanted):

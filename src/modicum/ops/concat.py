@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from modicum.ops.attributes import whole
 from modicum.ops.base import Buf, Call, Op
 
 
 class Concat(Op):
     name = "concat"
+    arity = 0
     plain_autograd = True
 
     def shape(self, node, inputs, params):
-        dim = node.attrs["dim"]
+        dim = whole(node, "dim", least=0)
         first = inputs[0]
         for other in inputs[1:]:
             rest = [(a, b) for d, (a, b) in enumerate(zip(first, other, strict=False)) if d != dim]

@@ -11,10 +11,24 @@ dv = r (dw - mean dw - w mean(w dw)).
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 from typing import ClassVar
 
-from modicum.graph import Graph, Node
-from modicum.ops.base import Buf, Call, Expr, GradCall, Kept, Macs, Op, Struct, Wanted, count
+from modicum.graph import Graph, Node, Shape
+from modicum.ops.attributes import SMALLEST, number, whole, wholes
+from modicum.ops.base import (
+    Buf,
+    Call,
+    Expr,
+    GradCall,
+    Indices,
+    Kept,
+    Macs,
+    Op,
+    Struct,
+    Wanted,
+    count,
+)
 from modicum.selection import Slice
 
 
@@ -27,16 +41,15 @@ class Conv2d(Op):
     def shape(self, node, inputs, params):
         (n, c, h, w) = inputs[0]
         out_c, in_g, kh, kw = params[node.params["weight"]].shape
-        (sh, sw), (dh, dw), groups = node.attrs["stride"], node.attrs["dilation"], _groups(node)
-        top, left, bottom, right = node.attrs["padding"]
+        (sh, sw), (dh, dw) = wholes(node, "stride"), wholes(node, "dilation")
+        top, left, bottom, right = wholes(node, "padding", 4, least=0)
+        groups = whole(node, "groups")
         if c != in_g * groups or out_c % groups:
             raise ValueError(f"{c} channels do not fit {groups} groups of weight {in_g} -> {out_c}")
         if "bias" in node.params and params[node.params["bias"]].shape != (out_c,):
             raise ValueError("the bias does not have one entry per output channel")
-        if "standardise" in node.attrs and not standardised(node) > 0:
-            raise ValueError("a weight is standardised with an eps above 0")
-        if min(sh, sw, dh, dw) < 1 or min(top, left, bottom, right) < 0:
-            raise ValueError("strides and dilations are at least 1, paddings at least 0")
+        if "standardise" in node.attrs:
+            number(node, "standardise", SMALLEST)
         out_h = (h + top + bottom - dh * (kh - 1) - 1) // sh + 1
         out_w = (w + left + right - dw * (kw - 1) - 1) // sw + 1
         return (n, out_c, out_h, out_w)
@@ -45,9 +58,10 @@ class Conv2d(Op):
         s = wanted.params.get("weight")
         if s is None:
             return ()
-        x = graph.values[node.inputs[0]]
-        channels = s.out if is_depthwise(graph, node) else s.inp if _groups(node) == 1 else None
-        if channels is None:
+        x, shape = graph.values[node.inputs[0]], _weight(graph, node)
+        inside = range(shape[1]) if s.inp is None else s.inp
+        channels = tuple(g * shape[1] + i for g in by_group(node, shape, s) for i in inside)
+        if len(channels) == x.shape[1]:
             return (Kept("value", x.name, x.bytes, why="input, for the weight gradient"),)
         return (
             Kept(
@@ -131,23 +145,24 @@ class Conv2d(Op):
         return [dx], grads
 
     def _weight_grad(self, node, dy, x, w, wanted):
+        """Of the kept channels of x and the sliced ones of dy: one convolution, or one a group."""
+        import torch
+
         s = wanted.params["weight"]
-        groups = _groups(node)
-        depthwise = groups > 1 and w.shape[1] == 1 and w.shape[0] == groups
-        out = None if s.out is None else list(s.out)
+        shape = s.shape(tuple(w.shape))
         image, padding = _padded(node, x)
-        if depthwise:
-            dy = dy if out is None else dy[:, out]
-            like = w if out is None else w[out]
-            groups = like.shape[0]
+
+        def part(dy, image, out, groups):
+            like = w.new_empty(1).expand(out, *shape[1:])
             return _convolution_backward(node, dy, image, like, groups, padding, (False, True))[1]
-        if groups == 1:
-            dy = dy if out is None else dy[:, out]
-            like = w.new_empty(1).expand(s.shape(tuple(w.shape)))
-            return _convolution_backward(node, dy, image, like, 1, padding, (False, True))[1]
-        dw = _convolution_backward(node, dy, image, w, groups, padding, (False, True))[1]
-        dw = dw if out is None else dw[out]
-        return dw if s.inp is None else dw[:, list(s.inp)]
+
+        chosen = by_group(node, w.shape, s)
+        if alike(chosen):
+            dy = dy if s.out is None else dy[:, list(s.out)]
+            return part(dy, image, shape[0], len(chosen))
+        images = image.split(shape[1], 1)
+        pairs = zip(chosen.values(), images, strict=True)
+        return torch.cat([part(dy[:, list(out)], each, len(out), 1) for out, each in pairs])
 
     def c_forward(self, f):
         fn = "mo_depthwise_forward" if is_depthwise(f.graph, f.node) else "mo_conv2d_forward"
@@ -170,25 +185,57 @@ class Conv2d(Op):
             call = Call("mo_bias_grad", (grad, Buf(b.dy), h * w, n_out, int(acc)))
             return GradCall((call,), 1, n_out)
         macs = self.macs(b.graph, b.node, Wanted((False,), {"weight": s})).dw
-        geo = geometry(b.graph, b.node, s)
-        if self.slices_rows(b.graph, b.node, s):
-            calls, row_elems, done = [], kh * kw * in_g, 0
-            for first, last in runs(s.out):
-                dst = replace(grad, offset=done * row_elems)
-                part = (dst, Buf(b.dy), Buf(b.kept[0]), geo, first, last, int(acc))
-                calls.append(Call("mo_conv2d_dw", part, macs * (last - first) // n_out))
-                done += last - first
-            return GradCall(tuple(calls), 1, n_out * row_elems)
-        rows = (Expr("row"), Expr("row_end"), int(acc))
-        args = (grad, Buf(b.dy), Buf(b.kept[0]), geo, *rows)
+        chosen, n_in = by_group(b.node, (out_c, in_g), s), count(s.inp, in_g)
+        if not alike(chosen):
+            return self._grad_by_group(b, s, grad, acc, macs)
+        geo = geometry(b.graph, b.node, (len(chosen) * n_in, n_out, len(chosen)))
+        args = (grad, Buf(b.dy), Buf(b.kept[0]), geo, Expr("row"), Expr("row_end"), int(acc))
         if is_depthwise(b.graph, b.node):
             return GradCall((Call("mo_depthwise_dw", args, macs),), kh, kw * n_out)
-        row_elems = kh * kw * count(s.inp, in_g)
-        return GradCall((Call("mo_conv2d_dw", args, macs),), n_out, row_elems)
+        return GradCall((Call("mo_conv2d_dw", args, macs),), n_out, kh * kw * n_in)
 
-    def slices_rows(self, graph, node, s):
-        grouped = _groups(node) > 1 and not is_depthwise(graph, node)
-        return grouped and s.out is not None
+    def _grad_by_group(self, b, s, grad, acc, macs):
+        """For each group its part of x and of dy into ``b.space``, then their dense gradient."""
+        out_c, in_g, kh, kw = _weight(b.graph, b.node)
+        (_, _, in_h, in_w), (_, _, h, w) = b.shape(), b.out_shape
+        chosen, n_in = by_group(b.node, (out_c, in_g), s), count(s.inp, in_g)
+        x, dy = Buf(b.space), Buf(b.space, offset=in_h * in_w * n_in)
+        row_elems, each = kh * kw * n_in, macs // count(s.out, out_c)
+        calls, done = [], 0
+        for i, out in enumerate(chosen.values()):
+            n, mine = len(out), Buf(b.kept[0], offset=i * n_in)
+            copy = (replace(x, mode="w"), n_in, mine, len(chosen) * n_in, in_h * in_w, n_in, 0)
+            gather = (replace(dy, mode="w"), Buf(b.dy), Indices(out), h * w, out_c, n)
+            geo = geometry(b.graph, b.node, (n_in, n, 1))
+            dw = (replace(grad, offset=done * row_elems), dy, x, geo, 0, n, int(acc))
+            calls += [Call("mo_copy_blocks", copy), Call("mo_gather", gather)]
+            calls += [Call("mo_conv2d_dw", dw, n * each)]
+            done += n
+        return GradCall(tuple(calls), 1, done * row_elems)
+
+    def slices_rows(self, graph, node, wanted):
+        return not alike(by_group(node, _weight(graph, node), wanted.params["weight"]))
+
+    def workspace(self, graph, node, wanted):
+        """One group's part of x and of dy."""
+        if not self.slices_rows(graph, node, wanted):
+            return 0
+        (out_c, in_g, _, _), s = _weight(graph, node), wanted.params["weight"]
+        (_, _, in_h, in_w), (_, _, h, w) = graph.shape(node.inputs[0]), graph.shape(node.name)
+        most = max(map(len, by_group(node, (out_c, in_g), s).values()))
+        return in_h * in_w * count(s.inp, in_g) + h * w * most
+
+
+def by_group(node: Node, weight: Shape, s: Slice) -> dict[int, tuple[int, ...]]:
+    """The chosen output channels of each group that has one, both ascending."""
+    each = weight[0] // _groups(node)
+    out = range(weight[0]) if s.out is None else s.out
+    return {group: tuple(some) for group, some in groupby(out, lambda o: o // each)}
+
+
+def alike(chosen: dict[int, tuple[int, ...]]) -> bool:
+    """Whether as many channels are chosen in each: they are the groups of one convolution."""
+    return len(set(map(len, chosen.values()))) == 1
 
 
 def is_depthwise(graph: Graph, node: Node) -> bool:
@@ -196,30 +243,15 @@ def is_depthwise(graph: Graph, node: Node) -> bool:
     return in_g == 1 and out_c == _groups(node) and out_c > 1
 
 
-def geometry(graph: Graph, node: Node, s: Slice | None = None) -> Struct:
-    """mo_conv_t; with a slice, of the dense convolution between the sliced channels."""
+def geometry(graph: Graph, node: Node, channels: tuple[int, int, int] | None = None) -> Struct:
+    """mo_conv_t; with `channels`, of so many input and output channels in so many groups."""
     out_c, _, kh, kw = _weight(graph, node)
     _, in_c, h, w = graph.shape(node.inputs[0])
     _, _, out_h, out_w = graph.shape(node.name)
-    groups = _groups(node)
-    if s is not None and is_depthwise(graph, node):
-        in_c = out_c = groups = count(s.out, out_c)
-    elif s is not None and groups == 1:
-        out_c, in_c = count(s.out, out_c), count(s.inp, in_c)
+    in_c, out_c, groups = channels or (in_c, out_c, _groups(node))
     top, left, _, _ = node.attrs["padding"]
     fields = (h, w, in_c, out_h, out_w, out_c, kh, kw, *node.attrs["stride"])
     return Struct("mo_conv_t", (*fields, top, left, *node.attrs["dilation"], groups))
-
-
-def runs(channels: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Ascending channels as half-open runs: (0, 1, 4) -> [(0, 2), (4, 5)]."""
-    ranges: list[tuple[int, int]] = []
-    for c in channels:
-        if ranges and ranges[-1][1] == c:
-            ranges[-1] = (ranges[-1][0], c + 1)
-        else:
-            ranges.append((c, c + 1))
-    return ranges
 
 
 def standardised(node: Node) -> float:

@@ -7,7 +7,18 @@ Unlike a batch norm's, its statistics depend on the input, so dx always needs th
 
 from __future__ import annotations
 
+from modicum.ops.attributes import SMALLEST, number, whole
 from modicum.ops.base import Buf, Call, GradCall, Kept, Op, channels_last, count
+from modicum.ops.channels import (
+    check_entries,
+    entries,
+    pick,
+    scale_grad,
+    scale_input,
+    scale_space,
+    spread,
+    total,
+)
 
 
 class GroupNorm(Op):
@@ -16,22 +27,20 @@ class GroupNorm(Op):
     clamps = True
 
     def shape(self, node, inputs, params):
-        channels, groups = inputs[0][1], node.attrs["groups"]
-        if len(inputs[0]) not in (2, 4) or groups < 1 or channels % groups:
+        channels, groups = inputs[0][1], whole(node, "groups")
+        number(node, "eps", SMALLEST)
+        if len(inputs[0]) not in (2, 4) or channels % groups:
             raise ValueError(f"{groups} groups do not divide the channels of {inputs[0]}")
-        for role, name in node.params.items():
-            if params[name].shape != (channels,):
-                raise ValueError(f"{role} is {params[name].shape}, not ({channels},)")
+        check_entries(node, params, channels)
         return inputs[0]
 
     def saved(self, graph, node, wanted):
-        if not wanted.dx[0] and "weight" not in wanted.params:
-            return ()
-        x = graph.values[node.inputs[0]]
-        return (
-            Kept("value", x.name, x.bytes, why="input, for the gradients through the statistics"),
-            Kept("stats", node.name, 8 * node.attrs["groups"], why="statistics of each group"),
-        )
+        x, s = graph.values[node.inputs[0]], wanted.params.get("weight")
+        stats = Kept("stats", node.name, 8 * node.attrs["groups"], why="statistics of each group")
+        if wanted.dx[0]:
+            why = "input, for the gradients through the statistics"
+            return (Kept("value", x.name, x.bytes, why=why), stats)
+        return () if s is None else (scale_input(graph, node, s), stats)
 
     def elementwise(self, graph, node, wanted):
         any_ = wanted.dx[0] or "weight" in wanted.params
@@ -57,22 +66,24 @@ class GroupNorm(Op):
     def backward(self, node, dy, kept, p, wanted, x_shapes):
         import torch
 
-        grads = {}
-        if not kept:
-            grads["bias"] = _sum(dy)
-        else:
-            x, (mean, rstd) = kept
-            n, c = x.shape[:2]
-            args = (n, c, x[0, 0].numel(), node.attrs["groups"])
-            mask = (wanted.dx[0], "weight" in wanted.params, "bias" in wanted.params)
-            dx, grads["weight"], grads["bias"] = torch.ops.aten.native_group_norm_backward(
-                dy.contiguous(), x.contiguous(), mean, rstd, p.get("weight"), *args, mask
-            )
-        picked = {
-            r: grads[r] if s.out is None else grads[r][list(s.out)]
-            for r, s in wanted.params.items()
-        }
-        return [dx if kept and wanted.dx[0] else None], picked
+        groups = node.attrs["groups"]
+        if not wanted.dx[0]:
+            grads = {r: total(pick(dy, s)) for r, s in wanted.params.items() if r == "bias"}
+            if "weight" in wanted.params:
+                s = wanted.params["weight"]
+                each = (v.repeat_interleave(dy.shape[1] // groups, 1) for v in kept[1])
+                mean, rstd = (spread(pick(v, s), dy) for v in each)
+                grads["weight"] = total(pick(dy, s) * ((kept[0] - mean) * rstd))
+            return [None], grads
+        x, (mean, rstd) = kept
+        n, c = x.shape[:2]
+        args = (n, c, x[0, 0].numel(), groups)
+        mask = (True, "weight" in wanted.params, "bias" in wanted.params)
+        dx, dw, db = torch.ops.aten.native_group_norm_backward(
+            dy.contiguous(), x.contiguous(), mean, rstd, p.get("weight"), *args, mask
+        )
+        found = {"weight": dw, "bias": db}
+        return [dx], {r: entries(found[r], s) for r, s in wanted.params.items()}
 
     def inplace(self, graph, node):
         return (0,)
@@ -99,10 +110,16 @@ class GroupNorm(Op):
         if role == "bias":
             n = count(s.out, c)
             return GradCall((Call("mo_bias_grad", (grad, Buf(b.dy), pixels, n, int(acc))),), 1, n)
-        args = (grad, Buf(b.dy), Buf(b.kept[0]), Buf(b.kept[1]), pixels, c)
-        call = Call("mo_group_norm_dgamma", (*args, b.node.attrs["groups"], int(acc)))
-        return GradCall((call,), 1, c)
+        (x, stats), groups = b.kept, b.node.attrs["groups"]
 
+        def every(out: Buf, acc: bool) -> Call:
+            args = (out, Buf(b.dy), Buf(x), Buf(stats), pixels, c, groups, int(acc))
+            return Call("mo_group_norm_dgamma", args)
 
-def _sum(t):
-    return t.sum([d for d in range(t.dim()) if d != 1])
+        return scale_grad(b, s, grad, acc, (x, stats, groups), every)
+
+    def slices_rows(self, graph, node, wanted):
+        return wanted.dx[0]
+
+    def workspace(self, graph, node, wanted):
+        return scale_space(wanted.params["weight"], graph.shape(node.name)[1], wanted)

@@ -12,6 +12,7 @@ class Mul(Op):
     """Product of two values of one shape, or of a gate per channel and an image."""
 
     name = "mul"
+    arity = 2
 
     def shape(self, node, inputs, params):
         gate, x = inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modicum.graph import Graph, Node
+from modicum.ops.attributes import flag, whole, wholes
 from modicum.ops.base import Buf, Call, Kept, Op, Struct, mask_bytes
 
 
@@ -15,10 +16,14 @@ class MaxPool2d(Op):
     name = "max_pool2d"
 
     def shape(self, node, inputs, params):
-        kh, kw = node.attrs["kernel"]
+        kh, kw = wholes(node, "kernel")
         if kh * kw > 256:
             raise ValueError(f"windows of up to 256 elements, not {kh} x {kw}")
-        return _pooled(node, inputs[0])
+        shape = _pooled(node, inputs[0])
+        for axis in (0, 1):
+            if not _all_see_input(node, axis, inputs[0][2 + axis], shape[2 + axis]):
+                raise ValueError("a dilated window lies between the elements: it has no maximum")
+        return shape
 
     def saved(self, graph, node, wanted):
         if not wanted.dx[0]:
@@ -78,6 +83,8 @@ class AvgPool2d(Op):
     name = "avg_pool2d"
 
     def shape(self, node, inputs, params):
+        flag(node, "include_pad")
+        whole(node, "divisor", least=0)
         return _pooled(node, inputs[0])
 
     def elementwise(self, graph, node, wanted):
@@ -109,7 +116,7 @@ class AdaptiveAvgPool2d(Op):
 
     def shape(self, node, inputs, params):
         n, c, _, _ = inputs[0]
-        return (n, c, *node.attrs["size"])
+        return (n, c, *wholes(node, "size"))
 
     def elementwise(self, graph, node, wanted):
         """Each input is added once, or nearly."""
@@ -159,21 +166,34 @@ def window(graph: Graph, node: Node) -> Struct:
 
 def _pooled(node, x):
     n, c, h, w = x
-    (kh, kw), (sh, sw), (ph, pw) = (node.attrs[k] for k in ("kernel", "stride", "pad"))
-    dh, dw = node.attrs.get("dilation", (1, 1))
-    if min(kh, kw, sh, sw, dh, dw) < 1 or min(ph, pw) < 0:
-        raise ValueError("kernels, strides and dilations are at least 1, paddings at least 0")
-    sizes = (
-        _pooled_size(h, dh * (kh - 1) + 1, sh, ph, node.attrs["ceil"]),
-        _pooled_size(w, dw * (kw - 1) + 1, sw, pw, node.attrs["ceil"]),
+    (kh, kw), (sh, sw), (ph, pw) = (
+        wholes(node, key, least=least) for key, least in (("kernel", 1), ("stride", 1), ("pad", 0))
     )
-    return (n, c, *sizes)
+    dh, dw = wholes(node, "dilation") if "dilation" in node.attrs else (1, 1)
+    reach, ceil = (dh * (kh - 1) + 1, dw * (kw - 1) + 1), flag(node, "ceil")
+    if 2 * ph > reach[0] or 2 * pw > reach[1]:
+        raise ValueError("the padding is at most half of the window")
+    return (
+        n,
+        c,
+        _pooled_size(h, reach[0], sh, ph, ceil),
+        _pooled_size(w, reach[1], sw, pw, ceil),
+    )
 
 
 def _pooled_size(n, extent, stride, pad, ceil):
     size = (n + 2 * pad - extent + (stride - 1 if ceil else 0)) // stride + 1
     # a window must start inside the input or its left padding
     return size - 1 if ceil and (size - 1) * stride >= n + pad else size
+
+
+def _all_see_input(node, axis, n, windows):
+    """Whether a tap of each window along an axis of n elements lies on one of them."""
+    kernel, stride, pad, dilation = (
+        node.attrs[key][axis] for key in ("kernel", "stride", "pad", "dilation")
+    )
+    starts = range(-pad, windows * stride - pad, stride) if dilation > n else ()
+    return all(any(0 <= s + tap * dilation < n for tap in range(kernel)) for s in starts)
 
 
 def _origins(node, y):

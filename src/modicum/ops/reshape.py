@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from modicum.ops.attributes import wholes
 from modicum.ops.base import Buf, Call, Op
 
 
@@ -16,12 +17,12 @@ class Reshape(Op):
     plain_autograd = True
 
     def shape(self, node, inputs, params):
-        shape = node.attrs["shape"]
+        shape = wholes(node, "shape", 0, most=2**31 - 1)
         if len(shape) < 2 or shape[0] != inputs[0][0] or math.prod(shape) != math.prod(inputs[0]):
             raise ValueError(f"{inputs[0]} does not reshape to {shape} with the batch kept")
         if _moves(inputs[0]) and _moves(shape) and inputs[0] != shape:
             raise ValueError("reshaping an image to another image is not supported")
-        return tuple(shape)
+        return shape
 
     def forward(self, node, x, p):
         return x[0].reshape(x[0].shape[0], *node.attrs["shape"][1:])

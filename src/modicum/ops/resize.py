@@ -8,6 +8,7 @@ Both are linear, so dx spreads dy with the same weights, and nothing is kept.
 
 from __future__ import annotations
 
+from modicum.ops.attributes import MOST, flag, wholes
 from modicum.ops.base import Buf, Call, Op
 
 
@@ -17,11 +18,17 @@ class Resize(Op):
     name = "resize"
 
     def shape(self, node, inputs, params):
-        if len(inputs[0]) != 4 or min(node.attrs["size"]) < 1:
-            raise ValueError(f"resizes images to at least one pixel, not {inputs[0]}")
+        n, c, *before = inputs[0]
+        if len(before) != 2:
+            raise ValueError(f"resizes images, not {inputs[0]}")
         if node.attrs["mode"] not in ("nearest", "bilinear"):
             raise ValueError(f"resizes nearest or bilinear, not {node.attrs['mode']}")
-        return (*inputs[0][:2], *node.attrs["size"])
+        flag(node, "align")
+        size, factors = wholes(node, "size"), node.attrs["scales"]
+        for m, out, factor in zip(before, size, factors, strict=True):
+            if not 0.0 <= factor <= MOST or (factor and int(m * factor) != out):
+                raise ValueError(f"scales {factors} of {tuple(before)} do not make {size}")
+        return (n, c, *size)
 
     def elementwise(self, graph, node, wanted):
         each = 7 if node.attrs["mode"] == "bilinear" else 0

@@ -1,4 +1,4 @@
-"""Labelled images from outside: load, check, split, and make batches of them.  Torch-free.
+"""Labelled images from outside: load, check, split, make batches and few-shot tasks.  Torch-free.
 
 The public names, and nothing else, are for other modules::
 
@@ -25,6 +25,16 @@ The public names, and nothing else, are for other modules::
     take(dataset, preprocess, indices, *, seed=0, epoch=0, augment=None) -> tuple[x, y]
     arrays(dataset, preprocess) -> tuple[x, y]                          # whole, in order
 
+    FixedEpisodes(ways=5, shots=5, queries=10)          ways may be a range (low, high)
+    VariousEpisodes(ways=(5, 50), support_limit=500, class_limit=100, queries=10, log_weights=...)
+    EpisodeRule = FixedEpisodes | VariousEpisodes
+    draw_task(dataset, rule, *, seed, index, query=None, apart=False) -> Task
+    tasks(dataset, rule, count, *, seed=0, start=0, query=None, apart=False) -> Iterator[Task]
+    given_task(support, query=None) -> Task             # a user's own two sets
+    Task: .classes tuple[str, ...]   .support, .query Labelled   .ways   .shots (ways,) int64
+    PseudoQuery(probability=0.9, colour=True, translate=0.125)
+    pseudo_query(x, config, *, seed, step, first=0) -> x                # augmented support images
+
 x is float32 (b, c, h, w), y is int64 (b,): numpy arrays, which `torch.from_numpy` wraps without
 a copy.  Whatever is broken in what comes from outside raises `modicum.errors.InvalidInput`.
 """
@@ -41,22 +51,41 @@ from modicum.tasks.batching import (
     steps,
     take,
 )
+from modicum.tasks.episodes import (
+    EpisodeRule,
+    FixedEpisodes,
+    Task,
+    VariousEpisodes,
+    draw_task,
+    given_task,
+    tasks,
+)
 from modicum.tasks.labelled import Labelled, check, same_classes
+from modicum.tasks.pseudo import PseudoQuery, pseudo_query
 from modicum.tasks.reading import load
 from modicum.tasks.splitting import split
 
 __all__ = [
     "Augment",
+    "EpisodeRule",
+    "FixedEpisodes",
     "Labelled",
     "Position",
     "Preprocess",
+    "PseudoQuery",
     "Stream",
+    "Task",
+    "VariousEpisodes",
     "arrays",
     "batches",
     "check",
+    "draw_task",
+    "given_task",
     "load",
+    "pseudo_query",
     "same_classes",
     "split",
     "steps",
     "take",
+    "tasks",
 ]

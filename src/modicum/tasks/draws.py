@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
 
-ORDER, AUGMENT = 1, 2
+ORDER, AUGMENT, TASK, MEMBERS, GROUPS, PSEUDO = 1, 2, 3, 4, 5, 6
 """Streams: draws for one purpose say nothing about those for another."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -213,6 +213,18 @@ void mo_assemble(float *full, const float *base, const float *slice, const uint1
                  int32_t n_out, const uint16_t *in_idx, int32_t n_in, int32_t rows, int32_t taps,
                  int32_t cols);
 
+/* ---- cosine.c ---- */
+/* y[k] = scale (x . c_k / (|x| |c_k|) + bias), with lengths of at least 1e-8 */
+void mo_cosine_forward(float *y, const float *x, const float *prototypes, const float *scale,
+                       const float *bias, int32_t features, int32_t ways);
+void mo_cosine_dx(float *dx, const float *dy, const float *x, const float *prototypes,
+                  const float *scale, int32_t features, int32_t ways, int accumulate);
+/* prototype `label` += x */
+void mo_prototype_add(float *prototypes, const float *x, int32_t label, int32_t features);
+/* score[j] = (sum over pixels of dy[j] * x[j])^2 / 2 */
+void mo_fisher(float *score, const float *dy, const float *x, int32_t pixels, int32_t c,
+               int accumulate);
+
 /* ---- loss.c: own exp and log (no libm), relative error below 1e-6 ---- */
 float mo_exp(float x);
 float mo_log(float x);

@@ -1,0 +1,153 @@
+"""Learn a few-shot task under a plan: pseudo-queries against prototypes, then predict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from modicum.adapt import Diverged, predict, torch_optimizer
+from modicum.apply import Tuned
+from modicum.errors import UsageError
+from modicum.heads import class_means, cosine
+from modicum.plan import Plan
+from modicum.tasks import PseudoQuery, pseudo_query
+
+Array = NDArray[Any]
+Rate = Annotated[float, Field(ge=0, lt=float("inf"))]
+
+
+class FineTune(PseudoQuery):
+    """How a task is learned: Hu et al. (CVPR 2022), as TinyTrain does with every method.
+
+    In each of `iterations` steps the support images are changed (`probability`, `colour`,
+    `translate`: see PseudoQuery) and classified as queries against the prototypes of the
+    unchanged ones; the loss is the cross-entropy.  `prototypes`: "moving" computes them in each
+    step and passes gradient through them, as the papers do; "refreshed" computes them in each
+    step by a pass without gradient, as the emitted C can; "fixed" leaves them as they are at the
+    start.  `entropy` weights the mean entropy of the predictions for the task's own queries
+    (transductive fine-tuning, Dhillon et al., ICLR 2020).
+    """
+
+    iterations: Annotated[int, Field(ge=0)] = 40
+    prototypes: Literal["moving", "refreshed", "fixed"] = "moving"
+    entropy: Rate = 0.0
+
+
+@dataclass
+class Learned:
+    """What came of a task: the loss of each iteration, and seconds of the whole loop."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def fine_tune(
+    model: nn.Module,
+    plan: Plan,
+    support: tuple[Array, Array],
+    config: FineTune | None = None,
+    *,
+    seed: int = 0,
+    queries: Array | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> tuple[Tuned, Learned]:
+    """Learn a task from its support set (n, ...), (n,), and return the model with what it cost.
+
+    `plan` is of a `few_shot` model with as many ways as the task; a model with a linear head
+    learns the pseudo-queries themselves.  `queries` are the task's unlabelled queries, for
+    `entropy`.  `model` is left alone.  Raises Diverged, and UsageError for a class without a
+    support sample.
+    """
+    config = config or FineTune()
+    start = time.perf_counter()
+    tuned = Tuned(model, plan)  # as `apply`, which would capture the model again
+    task = _Learner(tuned, config, seed, support, queries)
+    learned = Learned()
+    optimizer = torch_optimizer(plan.optimizer, tuned, plan)
+    for step in range(config.iterations):
+        loss = task.loss(step)
+        learned.losses.append(float(loss.detach()))
+        if not np.isfinite(learned.losses[-1]):
+            raise Diverged(f"the loss is not finite in step {step}", hint="a smaller learning rate")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if on_step is not None:
+            on_step(step, learned.losses[-1])
+    task.finish()
+    learned.seconds = time.perf_counter() - start
+    return tuned, learned
+
+
+class _Learner:
+    """The losses of one task, step by step; used once."""
+
+    def __init__(
+        self,
+        tuned: Tuned,
+        config: FineTune,
+        seed: int,
+        support: tuple[Array, Array],
+        queries: Array | None,
+    ) -> None:
+        self.tuned, self.config, self.seed = tuned, config, seed
+        self.device = next(tuned.parameters()).device
+        self.images = np.asarray(support[0], np.float32)
+        self.x = torch.from_numpy(self.images).to(self.device)
+        self.y = torch.as_tensor(np.asarray(support[1])).long().to(self.device)
+        self.q = None if queries is None else torch.as_tensor(queries).to(self.device)
+        if config.entropy and self.q is None:
+            raise UsageError("the entropy of what queries?", hint="fine_tune(..., queries=x)")
+        self.head = tuned.head()
+        self.known: dict[str, Tensor] = {}
+        if self.head is not None:
+            tuned.refresh(self.x, self.y)  # says now which class has no sample
+            if config.prototypes == "moving":
+                self.known = tuned.prefix(self.x)  # the frozen layers see the support set once
+
+    def loss(self, step: int) -> Tensor:
+        z = pseudo_query(self.images, self.config, seed=self.seed, step=step)
+        asked = [torch.from_numpy(z).to(self.device)]
+        if self.config.entropy and self.q is not None:
+            asked.append(self.q)
+        logits = self._logits(torch.cat(asked))
+        n = len(self.x)
+        loss = F.cross_entropy(logits[:n], self.y)
+        if self.config.entropy:
+            log = logits[n:].log_softmax(1)
+            loss = loss - self.config.entropy * (log.exp() * log).sum(1).mean()
+        return loss
+
+    def _logits(self, asked: Tensor) -> Tensor:
+        if self.head is None:
+            return self.tuned(asked)
+        if self.config.prototypes == "moving":
+            prototypes, scale, bias = self.head
+            n = len(self.x)
+            new = self.tuned.prefix(asked)
+            both = {name: torch.cat([old, new[name]]) for name, old in self.known.items()}
+            features = self.tuned.features_after(both)
+            means = class_means(features[:n], self.y, len(prototypes))
+            return cosine(features[n:], means, scale, bias)
+        if self.config.prototypes == "refreshed":
+            self.tuned.refresh(self.x, self.y)
+        return self.tuned(asked)
+
+    def finish(self) -> None:
+        if self.head is not None and self.config.prototypes != "fixed":
+            self.tuned.refresh(self.x, self.y)
+
+
+def task_accuracy(tuned: nn.Module, query: tuple[Array, Array]) -> float:
+    """Share of the queries (m, ...), (m,) that a model, after `fine_tune`, gets right."""
+    logits = predict(tuned, torch.from_numpy(np.asarray(query[0], np.float32)))
+    return float((logits.argmax(1) == np.asarray(query[1])).mean())

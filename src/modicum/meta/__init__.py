@@ -1,0 +1,1 @@
+"""Meta-training: inner and outer rules, and the loop around them."""

@@ -1,0 +1,125 @@
+"""What a method wants to see before it selects: Fisher scores of a few samples, weights' norms."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modicum.apply import Tuned
+from modicum.data import Data
+from modicum.errors import InvalidInput, UsageError
+from modicum.graph import Graph
+from modicum.lower import fisher_of
+from modicum.methods import Inspect, Observed, ObservingMethod
+from modicum.methods.layers import layers
+from modicum.optim import SGD
+from modicum.plan import Plan, plan
+
+TOGETHER = 32
+"""Samples that pass through the network at once."""
+
+
+def observe(
+    model: nn.Module,
+    graph: Graph,
+    method: ObservingMethod,
+    samples: Data | None = None,
+    *,
+    queries: Data | None = None,
+) -> Observed:
+    """Look at a model, and at samples if the method scores channels on them.
+
+    `samples` are (inputs (n, ...), labels (n,)).  Of a model with a cosine head they are the
+    support set: their means are the prototypes, through which no gradient goes, and the loss is
+    the cross-entropy of `queries`, such as augmented samples; without queries, of the samples
+    themselves.  Of other models it is the cross-entropy of the outputs.
+
+    Delta_o = sum_n (sum_d a_nd g_nd)^2 / 2N with g the gradient of sample n's own loss (TinyTrain,
+    ICML 2024, eq. 2), in one backward pass that stops at the first value that the method probes
+    and keeps those values alone (`inspection` is that pass as a plan).  The model is left alone.
+    Raises UsageError where samples are missing, InvalidInput for such that do not fit.
+    """
+    start = time.perf_counter()
+    state = model.state_dict()
+    weights = {x.weight: state[x.weight].detach() for x in layers(graph)}
+    norms = {name: (_norms(w, 0), _norms(w, 1)) for name, w in weights.items()}
+    fisher: dict[str, tuple[float, ...]] = {}
+    count = 0
+    if probes := method.probes(graph):
+        if samples is None:
+            raise UsageError(
+                f"{type(method).__name__} has to see samples", hint="observe(..., (x, y))"
+            )
+        tuned = Tuned(model, inspection(graph, probes))
+        support, asked = _tensors(graph, samples), _tensors(graph, queries or samples)
+        if graph.by_name[graph.output].op == "cosine":
+            tuned.refresh(*support)
+        fisher, count = _scores(tuned, probes, asked), len(asked[0])
+    seconds = time.perf_counter() - start
+    return Observed(fisher=fisher, norms=norms, samples=count, seconds=seconds)
+
+
+def inspection(graph: Graph, probes: tuple[str, ...]) -> Plan:
+    """The pass that scores the channels of these values, as a plan: its memory and its work."""
+    return _inspection(graph.hash, probes, _Same(graph))
+
+
+class _Same:
+    """A graph as an argument of a cache whose key is the hash before it."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.lru_cache(maxsize=32)
+def _inspection(key: str, probes: tuple[str, ...], graph: _Same) -> Plan:
+    return plan(graph.graph, None, Inspect(values=probes), SGD(lr=1.0))
+
+
+def _scores(
+    tuned: Tuned, probes: tuple[str, ...], samples: tuple[Tensor, Tensor]
+) -> dict[str, tuple[float, ...]]:
+    x, y = samples
+    device = next(tuned.parameters()).device
+    for i in range(0, len(x), TOGETHER):
+        logits = tuned(x[i : i + TOGETHER].to(device))
+        loss = F.cross_entropy(logits, y[i : i + TOGETHER].to(device), reduction="sum")
+        loss.backward()
+    scores = {v: tuned.trained[fisher_of(v)].grad / len(x) for v in probes}
+    if not all(bool(torch.isfinite(s).all()) for s in scores.values()):
+        raise InvalidInput("the Fisher scores are not finite", why="the loss of the samples is not")
+    return {v: tuple(s.tolist()) for v, s in scores.items()}
+
+
+def _norms(weight: Tensor, dim: int) -> tuple[float, ...]:
+    rest = [d for d in range(weight.dim()) if d != dim]
+    return tuple(weight.double().square().sum(rest).sqrt().tolist())
+
+
+def _tensors(graph: Graph, samples: Data) -> tuple[Tensor, Tensor]:
+    x = torch.as_tensor(np.asarray(samples[0], dtype=np.float32))
+    y = torch.as_tensor(np.asarray(samples[1])).long()
+    wanted: Any = graph.shape(graph.input)[1:]
+    if tuple(x.shape[1:]) != wanted or len(x) != len(y) or not len(x):
+        raise InvalidInput(
+            f"the samples have shape {tuple(x.shape)} and {len(y)} labels",
+            why=f"the model takes (n, {', '.join(map(str, wanted))})",
+        )
+    outputs = graph.values[graph.output].size
+    if int(y.min()) < 0 or int(y.max()) >= outputs:
+        raise InvalidInput(f"labels must be whole numbers from 0 to {outputs - 1}")
+    if not bool(torch.isfinite(x).all()):
+        raise InvalidInput("the samples have values that are not finite")
+    return x, y
