@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import modicum as mo
 from modicum.graph import Graph
+from modicum.heads import few_shot
 from modicum.lite import StandardisedConv2d, add_lite_residuals
 from modicum.methods import Bias, Blocks, Explicit, Full, Last, Method, MobileTL, Norm, TinyTL
 from modicum.optim import SGD, Adam
@@ -263,6 +264,10 @@ NETS: dict[str, Net] = {
                                     StandardisedConv2d(8, 40, 3, padding=1),  # in two blocks
                                     nn.GroupNorm(5, 40), nn.Flatten(), nn.Linear(160, 4)),
                         (3, 6, 9)),
+    "few shot": Net(lambda: few_shot(seq(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6),
+                                         nn.ReLU6(), nn.Conv2d(6, 6, 3, groups=6), nn.Hardswish(),
+                                         nn.Conv2d(6, 9, 1), nn.AdaptiveAvgPool2d((2, 1)),
+                                         nn.Flatten(), nn.Linear(18, 10)), 4), (3, 8, 7)),
 }  # fmt: skip
 
 
@@ -381,6 +386,9 @@ CASES: list[Case] = [
     Case("lite", TinyTL(mode="bias"), note="backbone bias"),
     Case("standardised", Full(), MOMENTUM, 3),
     only("frozen below", "standardised", {"6.weight": None, "4.*": None}),
+    # prototypes of classes
+    only("slices", "few shot", {"*.3.*": {"out": (0, 2, 5)}, "*.5.weight": {"inp": (1, 3)}},
+         optimizer=ADAM, accumulate=3),
     # boards
     Case("mobile", Full(), board="nano33ble"),
     Case("conv", Bias(), ADAM, board="stm32f746"),

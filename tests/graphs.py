@@ -32,7 +32,7 @@ class Builder:
         name = name or f"{op}{len(self.nodes)}"
         roles = {role: f"{name}.{role}" for role in params or {}}
         for role, shape in (params or {}).items():
-            trainable = role in ("weight", "bias")
+            trainable = role in OPS[op].roles
             self.params[roles[role]] = Param(name=roles[role], shape=shape, trainable=trainable)
         node = Node(name=name, op=op, inputs=inputs, params=roles, attrs=attrs, module=name)
         shape = OPS[op].shape(node, [self.values[x].shape for x in inputs], self.params)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modicum.apply import Tuned, _slot
 from modicum.graph import Graph, Node
+from modicum.heads import cosine_logits
 from modicum.plan import Plan
 from modicum.selection import Selection, Slice
 
@@ -41,6 +42,13 @@ class GraphModel(nn.Module):
 
 def run_graph(graph: Graph, model: nn.Module, x: Tensor, selection: Selection) -> Tensor:
     """The graph with the model's parameters, and the selection's norms and activations."""
+    return run_values(graph, model, x, selection)[graph.output]
+
+
+def run_values(
+    graph: Graph, model: nn.Module, x: Tensor, selection: Selection
+) -> dict[str, Tensor]:
+    """All values of the graph by name."""
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     values = {graph.input: x}
     for node in graph.nodes:
@@ -48,7 +56,7 @@ def run_graph(graph: Graph, model: nn.Module, x: Tensor, selection: Selection) -
         params = {role: state[name] for role, name in node.params.items()}
         batch, sign = node.name in selection.batch_norms, node.name in selection.sign
         values[node.name] = run_node(node, inputs, params, batch, sign)
-    return values[graph.output]
+    return values
 
 
 class SignMask(torch.autograd.Function):
@@ -104,6 +112,11 @@ def run_node(
             )
         case "linear":
             return F.linear(x[0], p["weight"], p.get("bias"))
+        case "cosine":
+            if torch.compiler.is_compiling():  # as capture knows it
+                return cosine_logits(x[0], p["prototypes"], p["scale"], p["bias"])
+            similar = F.cosine_similarity(x[0][:, None], p["prototypes"], dim=-1)
+            return p["scale"] * (similar + p["bias"])
         case "batch_norm":
             norm = (p["mean"], p["var"], p.get("weight"), p.get("bias"))
             if batch:
@@ -202,7 +215,7 @@ def in_double(tuned: Tuned, model: nn.Module) -> Tuned:
     buffers = dict(tuned.named_buffers())
     with torch.no_grad():
         for param in tuned.plan.program.graph.params.values():
-            if param.derived is not None:
+            if param.derived is not None and _slot(param.name) in buffers:
                 wide = {r: state[n].double() for r, n in param.derived.sources.items()}
                 value = derived(param.derived.kind, param.derived.eps, param.derived.fill, wide)
                 buffers[_slot(param.name)].copy_(value)
@@ -254,7 +267,7 @@ def kept_bytes(plan: Plan) -> int:
     for node in program.graph.nodes:
         for k in program.kept[node.name]:
             value = k.value
-            while (by := program.graph.by_name.get(value)) is not None and by.op == "reshape":
+            while (by := program.graph.by_name.get(value)) and by.op in ("reshape", "probe"):
                 value = by.inputs[0]
             if k.kind != "stats" or program.wanted[node.name].any:
                 found[("value", value) if k.kind == "value" else (k.kind, node.name)] = k.bytes

@@ -91,7 +91,7 @@ def train_passes(
     recorded: dict[str, list[Any]] = {name: [] for name in tuned.moving}
     took = []
     start = time.perf_counter()
-    with _bar(progress, passes.samples) as advance:
+    with progress_bar(progress, passes.samples) as advance:
         for losses, seconds in _train(tuned, passes, schedule):
             took.append(seconds)
             for loss in losses:
@@ -229,7 +229,7 @@ def sample_losses(plan: Plan, logits: Tensor, y: Tensor) -> Tensor:
 
 def torch_optimizer(config: SGD | Adam, tuned: Tuned, plan: Plan) -> torch.optim.Optimizer:
     """The optimiser of a plan over the trained slices, with each slice's own step size."""
-    rates = {u.param: u.rates[0] for u in plan.selection.updates}
+    rates = {t.param: t.rate for t in plan.program.trained}
     groups = [{"params": [p], "lr": config.lr * rates[n]} for n, p in tuned.trained.items()]
     if isinstance(config, Adam):
         return torch.optim.Adam(
@@ -281,8 +281,8 @@ def _device(module: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, or nothing."""
+def progress_bar(show: bool, total: int, what: str = "adapt") -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr where that is a terminal, or nothing."""
     if not (show and sys.stderr.isatty()):
         yield lambda: None
         return
@@ -290,5 +290,5 @@ def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("adapt", total=total)
+        task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)

@@ -104,15 +104,19 @@ class Tuned(nn.Module):
     def refresh(self, x: Tensor, y: Tensor) -> None:
         """Set the prototypes of a cosine head to the class means of a support set.
 
-        (n, ...), (n,).  No gradient goes through them.  Raises UsageError for a class without a
-        sample, and for a model with another head.
+        (n, ...), (n,).  Embedded as for a prediction: no gradient goes through them, and norms use
+        their running statistics.  Raises UsageError for a class without a sample, and for a model
+        with another head.
         """
         head = self.head()
         if head is None:
             raise UsageError("the model has no cosine head", hint="few_shot(model, ways)")
         prototypes = head[0]
+        training = self.training
+        self.eval()
         with torch.no_grad():
             features = self.features(x.to(prototypes.device))
+        self.train(training)
         means = class_means(features, y.to(prototypes.device), len(prototypes))
         prototypes.copy_(means)
 
@@ -127,9 +131,9 @@ class Tuned(nn.Module):
 
     def _value(self, values: dict[str, Tensor], nodes: Sequence[Node], wanted: str) -> Tensor:
         for node in nodes:
-            self._advance(node, values)
-            if node.name == wanted:
+            if wanted in values:
                 break
+            self._advance(node, values)
         return values[wanted]
 
     def _advance(self, node: Node, values: dict[str, Tensor], frozen: bool = False) -> None:

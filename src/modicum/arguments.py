@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +21,22 @@ if TYPE_CHECKING:
     from torch import nn
 
     from modicum.board import Board
-    from modicum.methods import Method
+    from modicum.fewshot import FineTune
+    from modicum.graph import Graph
+    from modicum.heads import FewShot
+    from modicum.meta import MetaTrain
+    from modicum.methods import Method, Observed
     from modicum.optim import SGD, Adam
     from modicum.plan import Plan
-    from modicum.tasks import Augment, Preprocess
+    from modicum.task_comparison import Contender, Domain
+    from modicum.tasks import Augment, FixedEpisodes, Preprocess
 
 Shape = tuple[int, ...]
+
+PAPERS_BATCH = {"full": 100, "tinytl": 100}
+"""Samples at once by which TinyTrain's tables count a method's memory; for others it is 1."""
+HELD_BACK = 0.25
+"""Share of the classes that rates are chosen on, where there are no others."""
 
 
 def load_plan(path: Path) -> Plan:
@@ -36,11 +47,17 @@ def load_plan(path: Path) -> Plan:
 
 
 def load_model(
-    spec: str, weights: Path | None, shape: str, classes: int | None, method: Method
+    spec: str,
+    weights: Path | None,
+    shape: str,
+    classes: int | None,
+    method: Method,
+    ways: int | None = None,
 ) -> tuple[nn.Module, torch.Tensor]:
     """A network with what a method adds, from a name or path/to/file.py:factory, and its input.
 
-    Initial weights are drawn from seed 0, so that every command sees the same network.
+    With `ways` it is a few-shot model.  Initial weights are drawn from seed 0, so that every
+    command sees the same network.
     """
     import torch
 
@@ -49,21 +66,30 @@ def load_model(
     example = torch.zeros(parse_shape(shape or default_input(spec)))
     if classes is not None and ":" in spec:
         raise UsageError("--classes goes with the name of a model", why="a factory has its own")
+    if classes is not None and ways is not None:
+        raise UsageError("--classes and --ways are both the number of outputs", hint="--ways alone")
     torch.manual_seed(0)
-    net, fresh = make_network(
-        spec, weights, classes, lambda net: prepare_model(net.eval(), example, method)
+    net, said = make_network(
+        spec, weights, classes, lambda net: prepare_model(net.eval(), example, method), ways
     )
-    if fresh:
-        print(fresh, file=sys.stderr)
+    if said:
+        print(said, file=sys.stderr)
     return net, example
 
 
+def is_few_shot(graph: Graph) -> bool:
+    """Whether a captured model ends with a cosine head."""
+    return graph.by_name[graph.output].op == "cosine"
+
+
 def model_of_plan(made: Plan, spec: str, weights: Path | None) -> nn.Module:
-    """The network of a plan: a named model gets as many outputs, and what the method adds."""
+    """The network of a plan: it gets as many outputs or ways, and what the method adds."""
     graph = made.graph
-    classes = None if ":" in spec else graph.values[graph.output].size
+    outputs = graph.values[graph.output].size
+    ways = outputs if is_few_shot(graph) else None
+    classes = None if ":" in spec or ways else outputs
     shape = shape_text(graph.shape(graph.input))
-    return load_model(spec, weights, shape, classes, made.method)[0]
+    return load_model(spec, weights, shape, classes, made.method, ways)[0]
 
 
 def make_network(
@@ -71,8 +97,13 @@ def make_network(
     weights: Path | None,
     classes: int | None,
     prepare: Callable[[nn.Module], nn.Module] = lambda net: net,
+    ways: int | None = None,
 ) -> tuple[nn.Module, str]:
     """A network as `prepare` makes it, and what its weights left as initialised.
+
+    With `ways` its last linear layer is replaced by a cosine head for so many classes.  Weights
+    may be those of the network or of a few-shot model that was made of it: of the latter a plain
+    network takes the backbone, and prototypes of another number of classes are left out.
 
     Weights of lite modules that the network has not, which `adapt --save` writes, are loaded when
     `prepare` has put those in; all others before.  It leaves alone what it has prepared.
@@ -87,12 +118,49 @@ def make_network(
         _named(spec)
         net = MODELS[spec].make(classes or MODELS[spec].classes)
     if weights is None:
-        return prepare(net), ""
-    state = read_weights(weights)
+        return prepare(_with_ways(net, ways)), ""
+    state = dict(read_weights(weights))
+    of_few_shot = PROTOTYPES in state
+    if of_few_shot:
+        net = _with_ways(net, ways)
     if any(in_lite(name) for name in state.keys() - net.state_dict().keys()):
         net = prepare(net)
+    said = _adjust(state, net) if of_few_shot else ""
     loaded = load_weights(net, state)
-    return prepare(net), str(loaded) if loaded.fresh else ""
+    if of_few_shot:
+        return prepare(net), said
+    return prepare(_with_ways(net, ways)), str(loaded) if loaded.fresh and not ways else ""
+
+
+PROTOTYPES, BACKBONE = "head.prototypes", "backbone."
+
+
+def _with_ways(net: nn.Module, ways: int | None) -> nn.Module:
+    from modicum.heads import FewShot, few_shot
+
+    if ways is None:
+        return net
+    return net.of_ways(ways) if isinstance(net, FewShot) else few_shot(net, ways)
+
+
+def _adjust(state: dict[str, Any], net: nn.Module) -> str:
+    """Make the state dict of a few-shot model fit a net, and say what of the net stays as it is."""
+    from modicum.heads import FewShot, last_linear
+
+    own = net.state_dict()
+    if isinstance(net, FewShot):
+        there, here = len(state[PROTOTYPES]), len(own.get(PROTOTYPES, ()))
+        if there == here:
+            return ""
+        known = bool(state[PROTOTYPES].any())
+        state[PROTOTYPES] = own.get(PROTOTYPES, state[PROTOTYPES])
+        why = f"{there} classes in the weights, {here} in the net"
+        return f"prototypes as initialised: {why}" if known else ""
+    name = last_linear(net)[0]
+    given = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
+    state.clear()
+    state |= given | {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
+    return f"{name} as initialised: the weights are of a few-shot model"
 
 
 def _named(spec: str) -> Any:
@@ -181,6 +249,31 @@ def _arrays(path: Path) -> tuple[Any, Any]:
         raise InvalidInput(f"{path} is not an .npz with arrays x and y", why=str(error)) from None
 
 
+def observed(
+    net: nn.Module, graph: Graph, method: Method, samples: tuple[Any, Any] | None
+) -> Observed | None:
+    """What a method that decides by samples or weights sees of them; None for any other."""
+    from modicum.fewshot import observe_task
+    from modicum.methods import ObservingMethod
+    from modicum.observe import observe
+
+    if not isinstance(method, ObservingMethod):
+        return None
+    if samples is None:
+        return observe(net, graph, method)
+    return observe_task(net, graph, method, samples)
+
+
+def check_samples(method: Method, samples: Path | None) -> None:
+    """Raise UsageError for samples that a method would not look at."""
+    from modicum.methods import METHODS, ObservingMethod
+
+    if samples is not None and not isinstance(method, ObservingMethod):
+        able = [name for name, kind in METHODS.items() if issubclass(kind, ObservingMethod)]
+        kind = method.model_dump()["kind"]
+        raise UsageError(f"{kind} looks at no samples", why=f"--samples is for {', '.join(able)}")
+
+
 def preprocess_of_plan(
     made: Callable[[], Plan], model: str | None, mean: str, std: str
 ) -> Callable[[], Preprocess]:
@@ -241,6 +334,135 @@ def parse_method(spec: str, fields: Sequence[str]) -> Method:
         raise UsageError(f"no method is called {name!r}", hint=", ".join(METHODS))
     values |= _fields(fields, "--set ")
     return _valid(METHODS[name], values, f"method {name}")
+
+
+def parse_tune(iterations: int | None, prototypes: str, fields: Sequence[str]) -> FineTune:
+    """How a task is learned, from its flags; what they leave out has its default."""
+    from modicum.fewshot import FineTune
+
+    values = _fields(fields, "--tune ")
+    values |= {} if iterations is None else {"iterations": iterations}
+    values |= {"prototypes": prototypes} if prototypes else {}
+    return _valid(FineTune, values, "fine-tuning")
+
+
+def parse_contenders(text: str, rates: tuple[float, ...], tune: FineTune) -> dict[str, Contender]:
+    """Methods on tasks by how they are written: `none` trains nothing, `transductive` is full
+    with the entropy of the predictions for the queries.
+    """
+    from modicum.task_comparison import Contender
+
+    found = {}
+    for spec in split_methods(text):
+        name, colon, rest = spec.partition(":")
+        if spec == "none":
+            found[spec] = Contender()
+            continue
+        used = tune
+        if name == "transductive":
+            name, used = "full", tune.model_copy(update={"entropy": tune.entropy or 1.0})
+        method = parse_method(name + colon + rest, [])
+        batch = PAPERS_BATCH.get(method.model_dump()["kind"], 1)
+        values = {"method": method, "tune": used, "rates": rates, "batch": batch}
+        found[spec] = _valid(Contender, values, f"method {spec}")
+    return found
+
+
+def parse_episodes(ways: str, shots: int, queries: int) -> FixedEpisodes:
+    """Tasks from their flags; ways are a number, or a range as 5-10."""
+    from modicum.tasks import FixedEpisodes
+
+    parts = ways.split("-")
+    if len(parts) > 2 or not all(p.isdigit() for p in parts):
+        raise UsageError(f"--ways {ways} is neither a number nor a range", hint="--ways 5-10")
+    known = int(ways) if len(parts) == 1 else tuple(map(int, parts))
+    values = {"ways": known, "shots": shots, "queries": queries}
+    return _valid(FixedEpisodes, values, "--ways, --shots, --queries")
+
+
+def parse_metatrain(values: dict[str, Any]) -> MetaTrain:
+    """A meta-training from its fields."""
+    from modicum.meta import MetaTrain
+
+    return _valid(MetaTrain, values, "metatrain")
+
+
+def few_shot_models(
+    spec: str, shape: str, weights: Path | None, meta: Path | None, rule: FixedEpisodes
+) -> dict[str, nn.Module]:
+    """What methods on tasks start from: a network as it is given, and with weights of `meta`."""
+    files = {"as given": weights} | ({} if meta is None else {"meta-trained": meta})
+    return {name: load_few_shot(spec, shape, file, rule) for name, file in files.items()}
+
+
+def load_few_shot(spec: str, shape: str, weights: Path | None, rule: FixedEpisodes) -> FewShot:
+    """A few-shot network for tasks of a rule."""
+    from modicum.methods import Full
+
+    net: Any = load_model(spec, weights, shape, None, Full(), rule.range[1])[0]
+    return net
+
+
+def task_domains(
+    data: Path,
+    test: Sequence[Path],
+    validation: Path | None,
+    contenders: dict[str, Contender],
+    rule: FixedEpisodes,
+) -> tuple[dict[str, Domain], dict[str, Domain], str]:
+    """(where tasks come from, where rates are chosen, what to say of the latter).
+
+    Without `validation`, a quarter of the classes of `data` are held back for it, if there is
+    anything to choose.
+    """
+    from modicum.task_comparison import Domain
+    from modicum.tasks import load, split_classes
+
+    sets = {name: load(path) for name, path in _by_name([data, *test]).items()}
+    tested = {name: Domain(dataset) for name, dataset in sets.items()}
+    if all(len(c.rates) == 1 or c.method is None for c in contenders.values()):
+        return tested, {}, ""
+    if validation is not None:
+        return tested, {validation.stem: Domain(load(validation))}, ""
+    name, dataset = next(iter(sets.items()))
+    known, fewest = len(dataset.classes), rule.range[0]
+    held = max(fewest, round(HELD_BACK * known))
+    if known - held < fewest:
+        raise UsageError(
+            f"{data} has {known} classes, too few to hold {held} back for the choice of a rate",
+            why=f"tasks of {fewest} ways are drawn from them, and from the others",
+            hint="--validation with other images, a single --lr, or fewer --ways",
+        )
+    others, chosen = split_classes(dataset, held)
+    tested[name] = Domain(others)
+    said = (
+        f"rates are chosen on {held} of the {known} classes of {data}, drawn with seed 0: "
+        f"{', '.join(chosen.classes)}; the tasks are of the others"
+    )
+    return tested, {f"{name} ({held} classes held back)": Domain(chosen)}, said
+
+
+def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    """Short names of sets of images; the whole path where that is not enough."""
+    stems = [path.stem for path in paths]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is there twice")
+    short = len(set(stems)) == len(stems)
+    return {(p.stem if short else str(p).replace("/", "_")): p for p in paths}
+
+
+def is_first_process() -> bool:
+    """Of those that torchrun started, which all do the same, one says what came of it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def refuse_flags(context: Any, names: Sequence[str], why: str) -> None:
+    """Raise UsageError where one of these flags is on the command line."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 def parse_augment(spec: str) -> Augment | None:

@@ -329,6 +329,8 @@ def _cosine(r: _Reader, fx: Any) -> None:
     x, prototypes, scale, bias = fx.args
     roles = {"prototypes": prototypes, "scale": scale, "bias": bias}
     r.add(fx, "cosine", [r.value(x)], roles)
+    for key in r.nodes[-1].params.values():  # a pass over the support set renews the prototypes
+        r.params[key] = r.params[key].model_copy(update={"trainable": False})
 
 
 def _linear(r: _Reader, fx: Any) -> None:

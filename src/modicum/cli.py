@@ -17,25 +17,37 @@ import typer
 from typer.core import TyperCommand
 
 from modicum.arguments import (
+    check_samples,
     default_input,
+    few_shot_models,
     in_memory,
+    is_few_shot,
+    is_first_process,
     load_board,
+    load_few_shot,
     load_model,
     load_plan,
     load_samples,
     make_network,
     model_of_plan,
     no_data,
+    observed,
     parse_augment,
     parse_choice,
+    parse_contenders,
+    parse_episodes,
+    parse_metatrain,
     parse_method,
     parse_numbers,
     parse_optimizer,
     parse_shape,
+    parse_tune,
     preprocess_of,
     preprocess_of_plan,
+    refuse_flags,
     shape_text,
     split_methods,
+    task_domains,
 )
 from modicum.errors import Bug, ModicumError, ParityError, UsageError
 
@@ -83,6 +95,22 @@ Mean = Annotated[
     str, typer.Option(help="Mean of each channel, for images from 0 to 1: 0.5,0.5,0.5.")
 ]
 Std = Annotated[str, typer.Option(help="What each channel is divided by after that.")]
+Iterations = Annotated[
+    int | None, typer.Option(min=0, help="Steps in which a few-shot task is learned (40).")
+]
+Prototypes = Annotated[
+    str, typer.Option(help="Of a few-shot task: moving, refreshed or fixed (moving).")
+]
+Tune = Annotated[
+    list[str] | None,
+    typer.Option(help="Another field of how a few-shot task is learned: --tune translate=0.2."),
+]
+
+
+FOR_EPOCHS = ("epochs", "schedule", "record")
+FOR_ITERATIONS = ("iterations", "prototypes", "tune")
+FOR_TRAININGS = ("epochs", "batch", "schedule", "augment", "seeds", "board")
+FOR_TASKS = ("ways", "shots", "queries", *FOR_ITERATIONS, "meta", "validation", "validation_tasks")
 
 
 def _version(show: bool) -> None:
@@ -123,6 +151,18 @@ def plan(
     classes: Annotated[
         int | None, typer.Option(min=1, help="Outputs of a named model, if not its own number.")
     ] = None,
+    ways: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Few-shot: a cosine head for so many classes, instead of the last linear layer.",
+        ),
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="What the method looks at before it selects, as --data.")
+    ] = None,
+    mean: Mean = "",
+    std: Std = "",
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
     as_json: Json = False,
@@ -136,26 +176,84 @@ def plan(
     trained = parse_optimizer(optimizer, lr, momentum, weight_decay)
     known = parse_choice(loss, "loss", ("cross_entropy", "mse"))
     most_ram, most_flash = (parse_size(text) if text else None for text in (ram, flash))
-    graph = capture(*load_model(model, weights, input, classes, chosen))
-    made = make(graph, target, chosen, trained, loss=known, accumulate=accumulate,
-                ram=most_ram, flash=most_flash)  # fmt: skip
+    check_samples(chosen, samples)
+    shape = parse_shape(input or default_input(model))
+    few = in_memory(load_samples(samples, lambda: preprocess_of(shape, model, mean, std)))
+    net, example = load_model(model, weights, input, classes, chosen, ways)
+    graph = capture(net, example)
+    made = make(graph, target, chosen, trained, samples=observed(net, graph, chosen, few),
+                loss=known, accumulate=accumulate, ram=most_ram, flash=most_flash)  # fmt: skip
     if out is not None:
         made.save(out)
     _show(as_json, {**made.model_dump(mode="json"), "hash": made.hash}, str(made))
 
 
 @command()
+def metatrain(
+    model: ModelArg,
+    data: Annotated[Path, typer.Option(help="Images to draw tasks from: a folder, a zip, .npz.")],
+    out: Annotated[Path, typer.Option(help="The folder of what comes of it; a rerun goes on.")],
+    validation: Annotated[
+        Path | None, typer.Option(help="Images of other classes, to keep the best epoch by.")
+    ] = None,
+    input: Input = "",
+    mean: Mean = "",
+    std: Std = "",
+    weights: Weights = None,
+    ways: Annotated[str, typer.Option(help="Classes of a task: 5, or a range as 5-10.")] = "5",
+    shots: Annotated[int, typer.Option(min=1, help="Support images of each class.")] = 5,
+    queries: Annotated[int, typer.Option(min=1, help="Query images of each class.")] = 15,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs.")] = 100,
+    episodes: Annotated[int, typer.Option(min=1, help="Tasks of an epoch.")] = 2000,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks of an update.")] = 1,
+    rate: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = 5e-5,
+    warmup: Annotated[float, typer.Option(help="Epochs in which the rate rises.")] = 5,
+    norms: Annotated[
+        str, typer.Option(help="frozen, or batch: norms follow the statistics of each task.")
+    ] = "frozen",
+    augment: Annotated[
+        str, typer.Option(help="none, resized or pad, with fields: pad:pad=2,flip=false.")
+    ] = "none",
+    validation_tasks: Annotated[int, typer.Option(min=1, help="Tasks to validate on.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train the weights that few-shot tasks start from; torchrun for several processes."""
+    from modicum.meta import metatrain as train
+    from modicum.tasks import load
+
+    rule = parse_episodes(ways, shots, queries)
+    config = parse_metatrain({
+        "epochs": epochs, "episodes": episodes, "tasks": tasks, "episode": rule, "rate": rate,
+        "warmup": warmup, "norms": norms, "augment": parse_augment(augment), "seed": seed,
+        "validation": validation_tasks,
+    })  # fmt: skip
+    shape = parse_shape(input or default_input(model))
+    shown = preprocess_of(shape, model, mean, std)
+    images, held = load(data), None if validation is None else load(validation)
+    net = load_few_shot(model, input, weights, rule)
+    trace = train(net, images, shown, config, out=out, validation=held, progress=True)
+    if is_first_process():
+        _show(as_json, {**trace.model_dump(mode="json"), "weights": str(out / "weights.pt")},
+              f"{trace}\n{out / 'weights.pt'}: the weights")  # fmt: skip
+
+
+@command()
 def adapt(
+    context: typer.Context,
     model: ModelArg,
     plan: PlanFile,
     data: DataFile = None,
     test: TestFile = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the samples.")] = 10,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the samples (10).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the samples.")] = 0,
     schedule: Annotated[
         str, typer.Option(help="constant, or cosine: the learning rate falls to 0.")
     ] = "constant",
     record: Annotated[bool, typer.Option(help="Keep the trained slices of every step.")] = False,
+    iterations: Iterations = None,
+    prototypes: Prototypes = "",
+    tune: Tune = None,
     mean: Mean = "",
     std: Std = "",
     weights: Weights = None,
@@ -165,22 +263,24 @@ def adapt(
 ) -> None:
     """Train in PyTorch under a plan."""
     from modicum.adapt import adapt as train
+    from modicum.fewshot import learn_task
 
     made = load_plan(plan)
+    few = is_few_shot(made.graph)
+    why = f"does not go with a plan {'for' if few else 'without'} few-shot tasks"
+    refuse_flags(context, FOR_EPOCHS if few else FOR_ITERATIONS, why)
+    learning = parse_tune(iterations, prototypes, tune or [])
+    known = parse_choice(schedule, "schedule", ("constant", "cosine"))
     shown = preprocess_of_plan(lambda: made, model, mean, std)
     samples, held = load_samples(data, shown), load_samples(test, shown, data)
     net = model_of_plan(made, model, weights)
-    trace = train(
-        net,
-        made,
-        in_memory(samples) or no_data(),
-        epochs=epochs,
-        test=held,
-        seed=seed,
-        schedule=parse_choice(schedule, "schedule", ("constant", "cosine")),
-        record=record,
-        progress=True,
-    )
+    given = in_memory(samples) or no_data()
+    if few:
+        queries = in_memory(held)
+        trace = learn_task(net, made, given, learning, test=queries, seed=seed, progress=True)
+    else:
+        trace = train(net, made, given, epochs=epochs, test=held, seed=seed, schedule=known,
+                      record=record, progress=True)  # fmt: skip
     if out is not None:
         trace.save(out)
     if save is not None:
@@ -195,7 +295,10 @@ def adapt(
 @command()
 def emit(
     model: ModelArg,
-    plan: PlanFile,
+    plan: Annotated[
+        list[Path],
+        typer.Option("--plan", help="A plan made by `modicum plan`; several make a candidate set."),
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write; must not exist or be empty.")],
     name: Annotated[str, typer.Option(help="Prefix of the C symbols.")] = "model",
     data: DataFile = None,
@@ -204,16 +307,23 @@ def emit(
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """Write the plan as self-contained C99."""
+    """Write the plan, or several to choose from, as self-contained C99."""
+    from modicum.emit import Candidates
     from modicum.emit import emit as write
 
-    made = load_plan(plan)
-    samples = load_samples(data, preprocess_of_plan(lambda: made, model, mean, std))
-    net = model_of_plan(made, model, weights)
-    folder = write(net, made, out, name=name, data=in_memory(samples))
+    plans = [load_plan(path) for path in plan]
+    together = Candidates(tuple(plans)) if len(plans) > 1 else None
+    samples = load_samples(data, preprocess_of_plan(lambda: plans[0], model, mean, std))
+    net = model_of_plan(plans[0], model, weights)
+    given: dict[str, Any] = {"plans": plans} if together else {"plan": plans[0]}
+    folder = write(net, out=out, name=name, data=in_memory(samples), **given)
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     text = f"{folder}: {len(files)} files; try `make -C {folder} check`"
-    _show(as_json, {"folder": str(folder), "name": name, "files": files}, text)
+    result: dict[str, Any] = {"folder": str(folder), "name": name, "files": files}
+    if together is not None:
+        text += f"\n{together}"
+        result["candidates"] = together.as_dict()
+    _show(as_json, result, text)
 
 
 @command()
@@ -229,23 +339,37 @@ def run(
     ] = None,
     fast: Annotated[bool, typer.Option(help="Build for speed, not for the same bits.")] = False,
     record: Annotated[bool, typer.Option(help="Keep the trained slices of every step.")] = False,
+    select: Annotated[
+        int | None, typer.Option(help="Of a candidate set: the index of the plan to run (0).")
+    ] = None,
+    support: Annotated[
+        Path | None, typer.Option(help="Few-shot: the samples that make prototypes, as --data.")
+    ] = None,
+    refresh: Annotated[
+        int | None,
+        typer.Option(help="Training samples between two refreshes of the prototypes, or 0: never."),
+    ] = None,
     mean: Mean = "",
     std: Std = "",
     out: Annotated[Path | None, typer.Option(help="Write the trace here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Build an emitted folder, train on it, and measure.  With --like, also compare."""
+    from modicum.run import plan_file
     from modicum.run import run as execute
     from modicum.trace import Trace, compare
 
     reference = Trace.load(like) if like is not None else None
-    shown = preprocess_of_plan(lambda: load_plan(folder / "plan.json"), None, mean, std)
+    shown = preprocess_of_plan(lambda: load_plan(plan_file(folder, select)), None, mean, std)
     trace = execute(
         folder,
         on,
         train=in_memory(load_samples(data, shown)),
         order=reference.order if reference else None,
-        test=in_memory(load_samples(test, shown, data)),
+        test=in_memory(load_samples(test, shown, data or support)),
+        support=in_memory(load_samples(support, shown, data)),
+        refresh=refresh,
+        select=select,
         parity=not fast,
         record=record,
     )
@@ -266,15 +390,23 @@ def run(
 
 @command()
 def compare(
+    context: typer.Context,
     model: ModelArg,
     methods: Annotated[
         str,
-        typer.Option(help="Methods, such as full,last:n=3,bias, or JSON files; see `methods`."),
+        typer.Option(
+            help="Methods, such as full,last:n=3,bias, or JSON files; see `methods`. "
+            "With --tasks also none and transductive."
+        ),
     ],
     data: Annotated[Path, typer.Option(help="Training images: a folder, a zip, or an .npz.")],
     out: Annotated[Path, typer.Option(help="The folder of all results; a rerun goes on there.")],
     test: Annotated[
-        Path | None, typer.Option(help="Test images; without, a fifth of --data, of each class.")
+        list[Path] | None,
+        typer.Option(
+            help="Test images; without, a fifth of --data, of each class. With --tasks: "
+            "more images to draw tasks from; may be repeated."
+        ),
     ] = None,
     input: Input = "",
     mean: Mean = "",
@@ -282,10 +414,14 @@ def compare(
     weights: Weights = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Images per update.")] = 8,
-    optimizer: OptimizerName = "sgd",
+    optimizer: Annotated[str, typer.Option(help="sgd or adam (sgd; with --tasks adam).")] = "",
     lr: Annotated[
-        str, typer.Option(help="Learning rate; of several, 0.01,0.1, the best for each method.")
-    ] = "0.01",
+        str,
+        typer.Option(
+            help="Learning rate; of several, 0.01,0.1, the best for each method (0.01; "
+            "with --tasks 0.001)."
+        ),
+    ] = "",
     momentum: Momentum = 0.0,
     weight_decay: WeightDecay = 0.0,
     schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
@@ -294,21 +430,55 @@ def compare(
     ] = "none",
     seeds: Annotated[int, typer.Option(min=1, help="So many trainings of each method.")] = 3,
     board: BoardName = "",
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Learn so many few-shot tasks of each set of images.")
+    ] = None,
+    ways: Annotated[str, typer.Option(help="Classes of a task: 5, or a range.")] = "5-10",
+    shots: Annotated[int, typer.Option(min=1, help="Support images of each class.")] = 5,
+    queries: Annotated[int, typer.Option(min=1, help="Query images of each class.")] = 10,
+    iterations: Iterations = None,
+    prototypes: Prototypes = "",
+    tune: Tune = None,
+    meta: Annotated[
+        Path | None, typer.Option(help="Meta-trained weights, to start from as well.")
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Images to choose rates on; without, a part of the classes of --data."),
+    ] = None,
+    validation_tasks: Annotated[int, typer.Option(min=1, help="Tasks to choose rates on.")] = 12,
     as_json: Json = False,
 ) -> None:
     """Train several methods alike, and put accuracy beside memory and work."""
     from modicum.comparison import compare_methods
     from modicum.tasks import load, split
 
+    few, tests = tasks is not None, test or []
+    why = f"goes {'without' if few else 'with'} --tasks"
+    refuse_flags(context, FOR_TRAININGS if few else FOR_TASKS, why)
+    rates = parse_numbers(lr or ("0.001" if few else "0.01"), "--lr")
+    kind = optimizer or ("adam" if few else "sgd")
+    trained = parse_optimizer(kind, rates[0], momentum, weight_decay)
+    if tasks is not None:
+        learning = parse_tune(iterations, prototypes, tune or [])
+        contenders = parse_contenders(methods, rates, learning)
+        rule = parse_episodes(ways, shots, queries)
+        shown = preprocess_of(parse_shape(input or default_input(model)), model, mean, std)
+        domains = task_domains(data, tests, validation, contenders, rule)
+        nets = few_shot_models(model, input, weights, meta, rule)
+        _compare_on_tasks(nets, contenders, domains, shown, out, tasks=tasks, rule=rule,
+                          optimizer=trained, validation_tasks=validation_tasks,
+                          as_json=as_json)  # fmt: skip
+        return
     chosen = {spec: parse_method(spec, []) for spec in split_methods(methods)}
-    rates = parse_numbers(lr, "--lr")
-    trained = parse_optimizer(optimizer, rates[0], momentum, weight_decay)
     known = parse_choice(schedule, "schedule", ("cosine", "constant"))
     changed, target = parse_augment(augment), load_board(board)
     shape = parse_shape(input or default_input(model))
     train = load(data)
-    if test is not None:
-        held = load(test, classes=train.classes)
+    if len(tests) > 1:
+        raise UsageError("several --test go with --tasks", hint="one folder of all test images")
+    if tests:
+        held = load(tests[0], classes=train.classes)
     else:
         train, held = split(train, (0.8, 0.2), seed=0)
         print(f"{len(train)} images to train, {len(held)} to test, drawn with seed 0 from {data}",
@@ -335,6 +505,75 @@ def compare(
         progress=True,
     )
     text = f"{result}\n\n{out / 'comparison.svg'}: accuracy against memory"
+    _show(as_json, result.as_dict(), text)
+
+
+def _compare_on_tasks(
+    nets: Any, contenders: Any, domains: Any, shown: Any, out: Path, *, as_json: bool, **more: Any
+) -> None:
+    from modicum.task_comparison import compare_on_tasks
+
+    tested, chosen_on, said = domains
+    if said:
+        print(said, file=sys.stderr)
+    result = compare_on_tasks(
+        nets, contenders, tested, shown, out=out, validation=chosen_on, progress=True, **more
+    )
+    text = f"{result}\n\n{out / 'tasks.svg'}: accuracy against backward memory"
+    _show(as_json, result.as_dict(), text)
+
+
+@command()
+def search(
+    model: ModelArg,
+    data: Annotated[
+        list[Path],
+        typer.Option(help="Images to draw validation tasks from; may be repeated."),
+    ],
+    limit: Annotated[str, typer.Option(help="Backward memory, as the papers count it: 1MiB.")],
+    out: Annotated[Path, typer.Option(help="The folder of all results; a rerun goes on there.")],
+    input: Input = "",
+    mean: Mean = "",
+    std: Std = "",
+    weights: Weights = None,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks of each set of images.")] = 12,
+    ways: Annotated[str, typer.Option(help="Classes of a task: 5, or a range as 5-10.")] = "5-10",
+    shots: Annotated[int, typer.Option(min=1, help="Support images of each class.")] = 5,
+    queries: Annotated[int, typer.Option(min=1, help="Query images of each class.")] = 10,
+    iterations: Iterations = None,
+    prototypes: Prototypes = "",
+    tune: Tune = None,
+    optimizer: OptimizerName = "adam",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.001,
+    momentum: Momentum = 0.0,
+    weight_decay: WeightDecay = 0.0,
+    blocks: Annotated[
+        int | None, typer.Option(min=1, help="Only layers of so many last blocks.")
+    ] = None,
+    every: Annotated[
+        int, typer.Option(min=1, help="Biases of the last so many layers, twice as many, ...")
+    ] = 3,
+    generations: Annotated[int, typer.Option(min=1, help="Of 50 schemes each.")] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of the tasks and of the search.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Find biases and weight slices that gain most under a limit: SparseUpdate's search."""
+    from modicum.search import find_scheme
+
+    rule = parse_episodes(ways, shots, queries)
+    learning = parse_tune(iterations, prototypes, tune or [])
+    trained = parse_optimizer(optimizer, lr, momentum, weight_decay)
+    shape = parse_shape(input or default_input(model))
+    shown = preprocess_of(shape, model, mean, std)
+    domains = task_domains(data[0], data[1:], None, {}, rule)[0]
+    net = load_few_shot(model, input, weights, rule)
+    result = find_scheme(net, domains, shown, limit, out=out, tasks=tasks, rule=rule,
+                         tune=learning, optimizer=trained, blocks=blocks, every=every,
+                         generations=generations, seed=seed, progress=True)  # fmt: skip
+    text = (
+        f"{result}\n\n{out / 'sparse_update.json'}: the method, for --method\n"
+        f"{out / 'search.svg'}: the gains, layer by layer"
+    )
     _show(as_json, result.as_dict(), text)
 
 

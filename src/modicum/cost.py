@@ -39,7 +39,7 @@ KERNEL_CODE = {
         "mo_group_norm_dgamma": 192,
         "mo_norm_dgamma_start": 156,
     },
-    **{"mo_cosine_forward": 232, "mo_cosine_dx": 320, "mo_prototype_add": 40, "mo_fisher": 120},
+    **{"mo_cosine_forward": 212, "mo_cosine_dx": 368, "mo_prototype_add": 144, "mo_fisher": 132},
     **{"mo_norm_dw_rows": 132, "mo_norm_dw_channels": 128},
     **{"mo_standardise": 224, "mo_standardise_dw": 296},
     **{"mo_resize_nearest_forward": 360, "mo_resize_nearest_backward": 624},
@@ -162,20 +162,24 @@ def static_bytes(program: Program, arena: int) -> int:
     return 32 + -arena % 16 + 16 + runner
 
 
-def flash(program: Program) -> tuple[int, int]:
-    """(bytes of constant data, estimate of the code's bytes)."""
-    args = {a for step in program.steps for call in step.calls for a in call.args if _constant(a)}
+def flash(*programs: Program) -> tuple[int, int]:
+    """(bytes of constant data, estimate of the code's bytes); what several have in common once."""
+    calls = [call for p in programs for step in p.steps for call in step.calls]
+    params = {name: param for p in programs for name, param in p.graph.params.items()}
+    args = {a for call in calls for a in call.args if _constant(a)}
     data = 0
     for a in args:
         if isinstance(a, Const):
-            param = program.graph.params[a.param]
+            param = params[a.param]
             data += 4 * count(a.channels, param.shape[0]) * (param.size // param.shape[0])
         elif isinstance(a, Indices) and a.channels is not None:
             data += 2 * len(a.channels)
         elif isinstance(a, Struct):
             data += 4 * len(a.fields)
-    data += sum(4 * t.size for t in program.learned)
-    calls = [call for step in program.steps for call in step.calls]
+    initial = {(t.param, t.layout, t.slice): 4 * t.size for p in programs for t in p.learned}
+    frozen = {(a.param, a.layout, Slice()) for a in args if isinstance(a, Const) and not a.channels}
+    data += sum(n for key, n in initial.items() if key not in frozen)
+    calls += [p.refresh for p in programs if p.refresh is not None]
     kernels = {call.fn for call in calls}
     code = CODE_BASE + sum(KERNEL_CODE[k] for k in kernels) + CALL_BYTES * len(calls)
     return data, code

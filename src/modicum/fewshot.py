@@ -14,15 +14,24 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from modicum.adapt import Diverged, predict, torch_optimizer
-from modicum.apply import Tuned
+from modicum.adapt import Diverged, accuracy, predict, progress_bar, torch_optimizer
+from modicum.apply import Tuned, apply
+from modicum.data import Data, check_data, check_inputs, check_samples
 from modicum.errors import UsageError
-from modicum.heads import class_means, cosine
+from modicum.graph import Graph
+from modicum.heads import FewShot, class_means, cosine
+from modicum.methods import Observed, ObservingMethod
+from modicum.observe import observe
 from modicum.plan import Plan
 from modicum.tasks import PseudoQuery, pseudo_query
+from modicum.trace import Trace
 
 Array = NDArray[Any]
 Rate = Annotated[float, Field(ge=0, lt=float("inf"))]
+OBSERVED = 1_000_000
+"""The step whose pseudo-queries a method scores its channels on: none of those it learns from."""
+TOGETHER = 64
+"""Images of which a refresh takes the embeddings at once."""
 
 
 class FineTune(PseudoQuery):
@@ -64,8 +73,8 @@ def fine_tune(
 
     `plan` is of a `few_shot` model with as many ways as the task; a model with a linear head
     learns the pseudo-queries themselves.  `queries` are the task's unlabelled queries, for
-    `entropy`.  `model` is left alone.  Raises Diverged, and UsageError for a class without a
-    support sample.
+    `entropy`.  `model` is left alone.  Raises Diverged, UsageError for a class without a support
+    sample, and InvalidInput for images or labels that do not belong to the plan's graph.
     """
     config = config or FineTune()
     start = time.perf_counter()
@@ -88,6 +97,82 @@ def fine_tune(
     return tuned, learned
 
 
+def learn_task(
+    model: nn.Module,
+    plan: Plan,
+    support: Data,
+    config: FineTune | None = None,
+    *,
+    test: Data | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Trace:
+    """`fine_tune` as a Trace; `model` is left alone.
+
+    Its losses are those of the iterations, `accuracy_before` that of the support set's prototypes
+    without training, and its state has the prototypes.  `test` are queries to be judged on, which
+    `entropy` looks at too, without their labels.  Raises as `fine_tune`, and InvalidInput for data
+    that does not fit the plan.
+    """
+    config = config or FineTune()
+    x, y = check_data(plan, support)
+    held = None if test is None else check_data(plan, test)
+    trace = Trace("torch", plan.hash, seed)
+    start = apply(model, plan)
+    if held is not None:
+        if start.head() is not None:
+            start.refresh(torch.from_numpy(x), torch.from_numpy(y))
+        trace.logits_before = predict(start, torch.from_numpy(held[0]))
+        trace.accuracy_before = accuracy(plan, trace.logits_before, held[1])
+    with progress_bar(progress, config.iterations) as advance:
+        tuned, learned = fine_tune(
+            model,
+            plan,
+            (x, y),
+            config,
+            seed=seed,
+            queries=None if held is None else held[0],
+            on_step=lambda step, loss: advance(),
+        )
+    if held is not None:
+        trace.logits_after = predict(tuned, torch.from_numpy(held[0]))
+        trace.accuracy_after = accuracy(plan, trace.logits_after, held[1])
+    trace.losses = learned.losses
+    trace.figures["seconds"] = learned.seconds
+    trace.state = {name: t.cpu().numpy() for name, t in tuned.learned().items()}
+    return trace
+
+
+def observe_task(
+    model: nn.Module,
+    graph: Graph,
+    method: ObservingMethod,
+    support: Data,
+    config: PseudoQuery | None = None,
+    *,
+    seed: int = 0,
+) -> Observed:
+    """`observe` a support set (n, ...), (n,) as `fine_tune` with this config and seed learns it.
+
+    With a cosine head the channels are scored on pseudo-queries, with another on the samples.
+    """
+    if not method.probes(graph) or graph.by_name[graph.output].op != "cosine":
+        return observe(model, graph, method, support)
+    x = np.asarray(support[0], np.float32)
+    asked = pseudo_query(x, config or PseudoQuery(), seed=seed, step=OBSERVED)
+    return observe(model, graph, method, support, queries=(asked, support[1]))
+
+
+def refresh(net: FewShot, support: tuple[Array, Array]) -> None:
+    """Set the prototypes of a net to the class means of a support set (n, ...), (n,)."""
+    device = next(net.parameters()).device
+    x = torch.from_numpy(np.asarray(support[0], np.float32))
+    with torch.no_grad():
+        parts = [net.backbone(x[i : i + TOGETHER].to(device)) for i in range(0, len(x), TOGETHER)]
+    labels = torch.as_tensor(np.asarray(support[1])).long()
+    net.head.refresh(torch.cat(parts), labels.to(device))
+
+
 class _Learner:
     """The losses of one task, step by step; used once."""
 
@@ -101,12 +186,15 @@ class _Learner:
     ) -> None:
         self.tuned, self.config, self.seed = tuned, config, seed
         self.device = next(tuned.parameters()).device
-        self.images = np.asarray(support[0], np.float32)
+        graph = tuned.plan.graph
+        self.images, labels = check_samples(graph, support)
         self.x = torch.from_numpy(self.images).to(self.device)
-        self.y = torch.as_tensor(np.asarray(support[1])).long().to(self.device)
-        self.q = None if queries is None else torch.as_tensor(queries).to(self.device)
-        if config.entropy and self.q is None:
-            raise UsageError("the entropy of what queries?", hint="fine_tune(..., queries=x)")
+        self.y = torch.from_numpy(labels).to(self.device)
+        self.q: Tensor | None = None
+        if config.entropy:
+            if queries is None:
+                raise UsageError("the entropy of what queries?", hint="fine_tune(..., queries=x)")
+            self.q = torch.from_numpy(check_inputs(graph, queries)).to(self.device)
         self.head = tuned.head()
         self.known: dict[str, Tensor] = {}
         if self.head is not None:
@@ -117,12 +205,12 @@ class _Learner:
     def loss(self, step: int) -> Tensor:
         z = pseudo_query(self.images, self.config, seed=self.seed, step=step)
         asked = [torch.from_numpy(z).to(self.device)]
-        if self.config.entropy and self.q is not None:
+        if self.q is not None:
             asked.append(self.q)
         logits = self._logits(torch.cat(asked))
         n = len(self.x)
         loss = F.cross_entropy(logits[:n], self.y)
-        if self.config.entropy:
+        if self.q is not None:
             log = logits[n:].log_softmax(1)
             loss = loss - self.config.entropy * (log.exp() * log).sum(1).mean()
         return loss
@@ -148,6 +236,11 @@ class _Learner:
 
 
 def task_accuracy(tuned: nn.Module, query: tuple[Array, Array]) -> float:
-    """Share of the queries (m, ...), (m,) that a model, after `fine_tune`, gets right."""
+    """Share of the queries (m, ...), (m,) that a model, after `fine_tune`, gets right.
+
+    Raises Diverged for outputs that are not finite.
+    """
     logits = predict(tuned, torch.from_numpy(np.asarray(query[0], np.float32)))
+    if not np.isfinite(logits).all():
+        raise Diverged("the outputs are not finite after training", hint="a smaller learning rate")
     return float((logits.argmax(1) == np.asarray(query[1])).mean())

@@ -51,10 +51,16 @@ def cosine(x: Tensor, prototypes: Tensor, scale: Tensor, bias: Tensor) -> Tensor
 def class_means(features: Tensor, labels: Tensor, ways: int) -> Tensor:
     """Prototypes c_k = mean of the features of class k: (n, d), (n,) -> (ways, d).
 
-    Raises UsageError for a class without a sample.  Snell et al., NeurIPS 2017.
+    Raises UsageError for a class without a sample, and a label of no class.  Snell et al.,
+    NeurIPS 2017.
     """
+    strange = labels[(labels < 0) | (labels >= ways)]
+    if len(strange):
+        raise UsageError(
+            f"labels must be whole numbers from 0 to {ways - 1}", why=f"one is {int(strange[0])}"
+        )
     counts = torch.bincount(labels, minlength=ways)
-    if len(counts) > ways or not bool(counts.all()):
+    if not bool(counts.all()):
         raise UsageError(
             f"the support set does not have samples of each of {ways} classes",
             why=f"samples per class: {counts.tolist()}",
@@ -101,15 +107,25 @@ class FewShot(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone(x))
 
+    def of_ways(self, ways: int) -> FewShot:
+        """The same backbone, shared, under a cosine head for so many classes, without prototypes.
+
+        Raises UsageError for another head.
+        """
+        old = self.head
+        if not isinstance(old, CosineHead):
+            raise UsageError("tasks need a cosine head", hint="few_shot(model, ways)")
+        head = CosineHead(old.prototypes.shape[1], ways, float(old.scale), float(old.bias))
+        return FewShot(self.backbone, head.to(old.scale.device)).train(self.training)
+
 
 def few_shot(model: nn.Module, ways: int, scale: float = SCALE, bias: float = BIAS) -> FewShot:
     """A copy of a classifier with a CosineHead in the place of its last linear layer.
 
-    A model whose last module is no linear layer is taken as it is, for one that embeds.  Raises
-    UsageError for fewer than 2 ways, and where the width of the embedding cannot be told.
+    The last in the order in which the model lists its modules.  Raises UsageError for fewer than
+    2 ways, and for a model without such a layer.
     """
-    if ways < 2:
-        raise UsageError(f"{ways} classes leave nothing to tell apart", hint="2 or more")
+    _check_ways(ways)
     backbone = copy.deepcopy(model)
     name, layer = last_linear(backbone)
     parent, _, leaf = name.rpartition(".")
@@ -129,6 +145,11 @@ def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
     return layers[-1]
 
 
+def _check_ways(ways: int) -> None:
+    if ways < 2:
+        raise UsageError(f"{ways} classes leave nothing to tell apart", hint="2 or more")
+
+
 def linear_from_prototypes(prototypes: Tensor) -> nn.Linear:
     """The linear layer whose outputs differ from -|x - c_k|^2 by what is the same for all k.
 
@@ -143,9 +164,10 @@ def linear_from_prototypes(prototypes: Tensor) -> nn.Linear:
 
 
 def with_ways(graph: Graph, ways: int) -> Graph:
-    """The captured graph of a few-shot model for another number of classes."""
-    last = graph.by_name[graph.output]
-    if last.op != "cosine":
+    """The captured graph of a few-shot model for another number of classes, 2 or more."""
+    _check_ways(ways)
+    last = graph.by_name.get(graph.output)
+    if last is None or last.op != "cosine":
         raise UsageError("the model does not end with a cosine head", hint="few_shot(model, ways)")
     name = last.params["prototypes"]
     wide = graph.params[name]

@@ -15,7 +15,7 @@ from modicum.errors import InvalidInput
 
 Array = NDArray[np.float32]
 
-PREDICT, TRAIN, EXPORT, IMPORT = 0, 1, 2, 3
+PREDICT, TRAIN, EXPORT, IMPORT, CLEAR, ADD, SELECT = range(7)
 PARAMETERS, PAINT, MICROSECONDS = 1, 2, 256
 JOB, TRACE, END = b"MOJB", b"MOTR", b"MOND"
 
@@ -37,6 +37,7 @@ class Result:
     """A whole trace file."""
 
     records: list[Record]
+    arena: int
     arena_high_water: int
     stack_high_water: int
     stack_size: int
@@ -61,6 +62,16 @@ class Job:
     def train(self, x: Array, label: int = 0, target: Array | None = None) -> None:
         none = np.zeros(self.targets, np.float32)
         self._sample(TRAIN, label, x, none if target is None else target)
+
+    def clear_prototypes(self) -> None:
+        self.parts.append(_words(CLEAR, 0))
+
+    def add_prototype(self, x: Array, label: int) -> None:
+        self._sample(ADD, label, x, np.zeros(self.targets, np.float32))
+
+    def select(self, member: int) -> None:
+        """Go on with a member of a candidate set, in its initial state."""
+        self.parts.append(_words(SELECT, member))
 
     def export_state(self) -> None:
         self.parts.append(_words(EXPORT, 0))
@@ -93,13 +104,15 @@ def decode(data: bytes) -> Result:
     take = _Reader(data).take
     if take(4) != TRACE:
         raise InvalidInput("the run left no trace", why="its file is not a trace file")
-    _, outputs, trained, _, flags = _ints(take(20))
+    _, outputs, trained, arena, flags = _ints(take(20))
     records: list[Record] = []
     while (word := take(4)) != END:
         records.append(_record(take, word, outputs, trained, flags))
+        if records[-1].kind == SELECT and records[-1].status == 0:
+            trained = _ints(take(4))[0]
     high, stack, size, data_bytes, bss, net, _, _, rss = _ints(take(36))
     timed = bool(flags & MICROSECONDS)
-    return Result(records, high, stack, size, data_bytes, bss, net, timed, 1024 * rss)
+    return Result(records, arena, high, stack, size, data_bytes, bss, net, timed, 1024 * rss)
 
 
 class _Reader:

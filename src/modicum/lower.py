@@ -307,10 +307,12 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
         elif standardised(node) and node.params["weight"] not in updates:
             changed["attrs"] = {k: v for k, v in node.attrs.items() if k != "standardise"}
             changed["params"] = _standardised_constant(node, params)
-        nodes.append(node.model_copy(update=changed))
-    probed = {renamed.get(v, v): fisher_of(v) for v in selection.probes}
+        same = len(changed) == 1 and changed["inputs"] == node.inputs  # copies cost time
+        nodes.append(node if same else node.model_copy(update=changed))
     values = dict(graph.values)
-    nodes = _with_probes(nodes, probed, values, params)
+    if selection.probes:
+        probed = {renamed.get(v, v): fisher_of(v) for v in selection.probes}
+        nodes = _with_probes(nodes, probed, values, params)
     used = {name for node in nodes for name in node.params.values()}
     alive = {graph.input, *(n.name for n in nodes)}
     return Graph(
@@ -354,10 +356,13 @@ def _with_probes(
 
 
 def _norm_after(graph: Graph, node: Node, selection: Selection) -> Node | None:
-    """The batch norm with frozen statistics that alone reads a convolution or linear layer."""
+    """The batch norm with frozen statistics that alone reads a convolution or linear layer.
+
+    None where that layer's own output is probed.
+    """
     if node.op not in ("conv2d", "linear") or len(graph.consumers[node.name]) != 1:
         return None
-    if standardised(node):
+    if standardised(node) or node.name in selection.probes:
         return None
     (bn,) = graph.consumers[node.name]
     if bn.op != "batch_norm" or node.name == graph.output or len(graph.shape(node.name)) == 3:

@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modicum.errors import InvalidInput, ModicumError
+from modicum.errors import InvalidInput, ModicumError, UsageError
 from modicum.toolchain import build, net_name
 
 Array = NDArray[np.float32]
+
+ALWAYS = ("init", "input", "predict", "train", "export_state", "import_state", "trained", "size",
+          "error")  # fmt: skip
+SOMETIMES = ("prototypes_clear", "prototypes_add", "select", "selected")
 
 
 class Native:
@@ -23,6 +27,7 @@ class Native:
 
     Inputs are one sample in C order, images [height][width][channel].  The library is built on
     first use, for this machine; `parity` builds it for the same bits as on the boards.
+    `members` is the number of plans of a candidate set, 0 of a net with one plan.
     """
 
     def __init__(self, folder: str | Path, parity: bool = False) -> None:
@@ -33,16 +38,16 @@ class Native:
         self._lib = ctypes.CDLL(str(build(folder, "lib", parity).resolve()))
         self._call = {
             call: getattr(self._lib, f"{name}_{call}")
-            for call in ("init", "input", "predict", "train", "export_state", "import_state",
-                         "trained", "size", "error")
-        }  # fmt: skip
+            for call in (*ALWAYS, *SOMETIMES)
+            if call in ALWAYS or hasattr(self._lib, f"{name}_{call}")
+        }
         self._call["size"].restype = ctypes.c_size_t
         self._call["export_state"].restype = ctypes.c_size_t
         self._call["trained"].restype = ctypes.POINTER(ctypes.c_float)
         self._call["error"].restype = ctypes.c_char_p
         numbers = _header_numbers(folder / f"{name}.h", name.upper())
         self.inputs, self.outputs = numbers["INPUTS"], numbers["OUTPUTS"]
-        self.targets = numbers["TARGETS"]
+        self.targets, self.members = numbers["TARGETS"], numbers.get("MEMBERS", 0)
         self._memory = ctypes.create_string_buffer(self._call["size"]() + 64)
         start = ctypes.addressof(self._memory)
         self._net = ctypes.c_void_p(start + -start % 64)
@@ -67,6 +72,24 @@ class Native:
             wanted = ctypes.c_int32(int(target))
         self._check(self._call["train"](self._net, _pointer(x), wanted, ctypes.byref(loss)))
         return float(loss.value)
+
+    def clear_prototypes(self) -> None:
+        """Forget the prototypes of all classes.  Raises UsageError for a net that has none."""
+        self._check(self._optional("prototypes_clear")(self._net))
+
+    def add_prototype(self, x: Array, label: int) -> None:
+        """Add the features of one support sample to the prototype of its class."""
+        x = self._floats(x, self.inputs, "input")
+        call = self._optional("prototypes_add")
+        self._check(call(self._net, _pointer(x), ctypes.c_int32(int(label))))
+
+    def select(self, member: int) -> None:
+        """Go on with a plan of a candidate set, in its initial state."""
+        self._check(self._optional("select")(self._net, ctypes.c_int32(int(member))))
+
+    @property
+    def selected(self) -> int:
+        return int(self._optional("selected")(self._net))
 
     def trained(self) -> list[Array]:
         """Copies of the trained slices, flat, in the kernels' layout."""
@@ -97,10 +120,16 @@ class Native:
             raise InvalidInput(f"the {what} has {array.size} values, the net takes {n}")
         return array
 
+    def _optional(self, call: str) -> Any:
+        if call not in self._call:
+            what = "prototypes" if call.startswith("prototypes") else "plans to select from"
+            raise UsageError(f"the net has no {what}")
+        return self._call[call]
+
     def _check(self, status: int) -> None:
         if status == 0:
             return
-        kind = InvalidInput if status in (-2, -3, -4) else ModicumError
+        kind = InvalidInput if status in (-2, -3, -4, -10, -11) else ModicumError
         raise kind(f"the net answered: {self._error(status)}")
 
     def _error(self, status: int) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modicum.apply import Tuned
-from modicum.data import Data
+from modicum.data import Data, check_samples
 from modicum.errors import InvalidInput, UsageError
 from modicum.graph import Graph
 from modicum.lower import fisher_of
@@ -43,10 +41,15 @@ def observe(
     Delta_o = sum_n (sum_d a_nd g_nd)^2 / 2N with g the gradient of sample n's own loss (TinyTrain,
     ICML 2024, eq. 2), in one backward pass that stops at the first value that the method probes
     and keeps those values alone (`inspection` is that pass as a plan).  The model is left alone.
-    Raises UsageError where samples are missing, InvalidInput for such that do not fit.
+    Raises UsageError where samples are missing, also of a class; InvalidInput for samples, or a
+    model, that do not belong to the graph.
     """
     start = time.perf_counter()
-    state = model.state_dict()
+    state: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    graph.check_params({name: tuple(t.shape) for name, t in state.items()}, "the model")
     weights = {x.weight: state[x.weight].detach() for x in layers(graph)}
     norms = {name: (_norms(w, 0), _norms(w, 1)) for name, w in weights.items()}
     fisher: dict[str, tuple[float, ...]] = {}
@@ -54,7 +57,8 @@ def observe(
     if probes := method.probes(graph):
         if samples is None:
             raise UsageError(
-                f"{type(method).__name__} has to see samples", hint="observe(..., (x, y))"
+                f"{type(method).__name__} has to see samples",
+                hint="observe(model, graph, method, (x, y)), or --samples FILE",
             )
         tuned = Tuned(model, inspection(graph, probes))
         support, asked = _tensors(graph, samples), _tensors(graph, queries or samples)
@@ -99,7 +103,9 @@ def _scores(
         loss.backward()
     scores = {v: tuned.trained[fisher_of(v)].grad / len(x) for v in probes}
     if not all(bool(torch.isfinite(s).all()) for s in scores.values()):
-        raise InvalidInput("the Fisher scores are not finite", why="the loss of the samples is not")
+        raise InvalidInput(
+            "the Fisher scores are not finite", why="activations or gradients are too large"
+        )
     return {v: tuple(s.tolist()) for v, s in scores.items()}
 
 
@@ -109,17 +115,5 @@ def _norms(weight: Tensor, dim: int) -> tuple[float, ...]:
 
 
 def _tensors(graph: Graph, samples: Data) -> tuple[Tensor, Tensor]:
-    x = torch.as_tensor(np.asarray(samples[0], dtype=np.float32))
-    y = torch.as_tensor(np.asarray(samples[1])).long()
-    wanted: Any = graph.shape(graph.input)[1:]
-    if tuple(x.shape[1:]) != wanted or len(x) != len(y) or not len(x):
-        raise InvalidInput(
-            f"the samples have shape {tuple(x.shape)} and {len(y)} labels",
-            why=f"the model takes (n, {', '.join(map(str, wanted))})",
-        )
-    outputs = graph.values[graph.output].size
-    if int(y.min()) < 0 or int(y.max()) >= outputs:
-        raise InvalidInput(f"labels must be whole numbers from 0 to {outputs - 1}")
-    if not bool(torch.isfinite(x).all()):
-        raise InvalidInput("the samples have values that are not finite")
-    return x, y
+    x, y = check_samples(graph, samples)
+    return torch.from_numpy(x), torch.from_numpy(y)

@@ -13,9 +13,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from modicum.data import Data, check_data
+from modicum.data import Data, check_data, check_samples
 from modicum.errors import InvalidInput, ModicumError, ToolMissing, UsageError
-from modicum.job import PAINT, PARAMETERS, PREDICT, TRAIN, Job, Result, decode
+from modicum.job import ADD, PAINT, PARAMETERS, PREDICT, TRAIN, Job, Result, decode
 from modicum.plan import Plan
 from modicum.state import from_c, image_to_c
 from modicum.toolchain import build
@@ -46,6 +46,9 @@ def run(
     train: Data | None = None,
     order: list[int] | None = None,
     test: Data | None = None,
+    support: Data | None = None,
+    refresh: int | None = None,
+    select: int | None = None,
     parity: bool = True,
     record: bool = False,
     timeout: float = 600.0,
@@ -59,12 +62,14 @@ def run(
     slice after every step.  The figures are measured, see Trace; on an emulated board
     instructions are executed instructions, not time.
 
+    Of a net with a cosine head, `support` gives the prototypes: at first, before every `refresh`
+    training samples (by default before every update; 0: no more), and before the last
+    predictions.  Of a candidate set, `select` is the index of the plan that is run, 0 by default.
+
     Raises ToolMissing without compiler or QEMU, ModicumError when the build or the run fails.
     """
     folder = Path(folder)
-    if not (folder / "plan.json").is_file():
-        raise InvalidInput(f"{folder} is not an emitted folder", why="it has no plan.json")
-    plan = Plan.load(folder / "plan.json")
+    plan = Plan.load(plan_file(folder, select))
     machine = find_machine(on, plan)
     if train is None:
         train = _check_samples(folder / "vectors.npz")
@@ -73,7 +78,11 @@ def run(
     order = list(range(len(train[0]))) if order is None else order
     if any(not 0 <= i < len(train[0]) for i in order):
         raise InvalidInput(f"the order names samples beyond the {len(train[0])} that there are")
-    job = _job(plan, train, order, test, record)
+    support = _check_support(plan, support, refresh)
+    job = _empty_job(plan, record)
+    if is_set(folder):
+        job.select(select or 0)
+    _fill(job, plan, train, order, test, support, refresh)
     program = build(folder, machine.target if machine else "host", parity)
     result = _execute(program, machine, job, timeout)
     trace = Trace(where=on if machine is None else machine.target, plan_hash=plan.hash)
@@ -83,6 +92,44 @@ def run(
         _split(plan, result, trace)
     trace.figures = {**_figures(plan, result, machine), **_sections(program, machine)}
     return trace
+
+
+def is_set(folder: Path) -> bool:
+    """Whether an emitted folder holds a candidate set."""
+    return (folder / "plan-0.json").is_file()
+
+
+def plan_file(folder: Path, select: int | None = None) -> Path:
+    """The plan of an emitted folder, or the one of a candidate set that is to be run.
+
+    Raises InvalidInput for another folder, and UsageError for a plan that it does not hold.
+    """
+    if not is_set(folder):
+        if not (folder / "plan.json").is_file():
+            raise InvalidInput(f"{folder} is not an emitted folder", why="it has no plan.json")
+        if select is not None:
+            raise UsageError(f"{folder} holds one plan", why="there is nothing to select")
+        return folder / "plan.json"
+    path = folder / f"plan-{select or 0}.json"
+    if (select or 0) < 0 or not path.is_file():
+        last = len(list(folder.glob("plan-*.json"))) - 1
+        raise UsageError(f"{folder} holds no plan {select}", hint=f"--select 0 to {last}")
+    return path
+
+
+def _check_support(plan: Plan, support: Data | None, refresh: int | None) -> Data | None:
+    """Inputs, and labels whatever the loss."""
+    if support is None:
+        if refresh is not None:
+            raise UsageError("prototypes are refreshed from what?", hint="run(..., support=(x, y))")
+        return None
+    if plan.program.refresh is None:
+        raise UsageError(
+            "the net has no prototypes to refresh", hint="few_shot(model, ways) before the plan"
+        )
+    if refresh is not None and refresh < 0:
+        raise UsageError(f"prototypes cannot be refreshed every {refresh} samples")
+    return check_samples(plan.graph, support)
 
 
 def _check_samples(path: Path) -> Data:
@@ -110,24 +157,48 @@ def find_machine(on: str, plan: Plan) -> Machine | None:
     return MACHINES.get(on)
 
 
-def _job(plan: Plan, train: Data, order: list[int], test: Data | None, record: bool) -> Job:
+def _empty_job(plan: Plan, record: bool) -> Job:
     graph = plan.graph
     outputs = graph.values[graph.output].size
     targets = outputs if plan.loss == "mse" else 0
     flags = PAINT | (PARAMETERS if record else 0)
-    job = Job(graph.values[graph.input].size, targets, flags)
+    return Job(graph.values[graph.input].size, targets, flags)
+
+
+def _fill(
+    job: Job,
+    plan: Plan,
+    train: Data,
+    order: list[int],
+    test: Data | None,
+    support: Data | None,
+    refresh: int | None,
+) -> None:
     images, labels = image_to_c(train[0]), np.asarray(train[1])
     tests: Any = image_to_c(test[0]) if test is not None else []
+    known = [] if support is None else list(zip(image_to_c(support[0]), support[1], strict=True))
+
+    def prototypes() -> None:
+        if known:
+            job.clear_prototypes()
+        for x, label in known:
+            job.add_prototype(x, int(label))
+
+    every = plan.accumulate if refresh is None else refresh
+    prototypes()
     for x in tests:
         job.predict(x)
-    for i in order:
+    for step, i in enumerate(order):
+        if step and every and step % every == 0:
+            prototypes()
         if plan.loss == "mse":
             job.train(images[i], target=np.asarray(labels[i], np.float32).ravel())
         else:
             job.train(images[i], int(labels[i]))
+    if every and len(tests):
+        prototypes()
     for x in tests:
         job.predict(x)
-    return job
 
 
 def _execute(program: Path, machine: Machine | None, job: Job, timeout: float) -> Result:
@@ -166,12 +237,14 @@ def qemu_command(machine: Machine, program: Path) -> list[str]:
 
 
 def _read(plan: Plan, result: Result, trace: Trace, tests: int | None, test: Data | None) -> None:
-    failed = next((r for r in result.records if r.status != 0), None)
+    failed = next((i for i, r in enumerate(result.records) if r.status != 0), None)
     if failed is not None:
-        step = result.records.index(failed) - (tests or 0)
+        kind, status = result.records[failed].kind, result.records[failed].status
+        step = sum(r.kind == kind for r in result.records[:failed])
+        what = {PREDICT: "test sample", ADD: "support sample"}.get(kind, "sample")
         raise InvalidInput(
-            f"the net refused sample {step}",
-            why=f"status {failed.status}",
+            f"the net refused {what} {step}",
+            why=f"status {status}",
             hint="labels in range, inputs finite, a smaller learning rate",
         )
     trace.losses = [r.loss for r in result.records if r.kind == TRAIN]
@@ -201,7 +274,7 @@ def _figures(plan: Plan, result: Result, machine: Machine | None) -> dict[str, f
         "arena_high_water": result.arena_high_water,
     }
     unit = "microseconds" if result.microseconds else "instructions"
-    for kind, name in ((TRAIN, "train"), (PREDICT, "predict")):
+    for kind, name in ((TRAIN, "train"), (PREDICT, "predict"), (ADD, "prototype")):
         elapsed = [r.elapsed for r in result.records if r.kind == kind]
         if elapsed:
             figures[f"{unit}_{name}"] = float(np.median(elapsed))
@@ -209,7 +282,7 @@ def _figures(plan: Plan, result: Result, machine: Machine | None) -> dict[str, f
         figures["peak_rss"] = result.peak_rss
     else:
         figures["stack_high_water"] = result.stack_high_water
-        static = result.data + result.bss + result.net - plan.cost.arena
+        static = result.data + result.bss + result.net - result.arena
         figures["static"] = static
         figures["ram"] = result.arena_high_water + static + result.stack_high_water
         figures["ram_planned"] = plan.cost.ram

@@ -10,11 +10,11 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -23,33 +23,27 @@ from torch import nn
 
 from modicum import __version__
 from modicum.adapt import Diverged
-from modicum.backward_cost import backward_cost
+from modicum.backward_cost import BackwardCost, backward_cost
 from modicum.capture import capture
-from modicum.errors import UsageError
-from modicum.fewshot import Array, FineTune, fine_tune, task_accuracy
+from modicum.errors import DoesNotFit, ModicumError, UsageError
+from modicum.fewshot import Array, FineTune, fine_tune, observe_task, refresh, task_accuracy
 from modicum.graph import Frozen, Graph
-from modicum.heads import CosineHead, FewShot, few_shot, with_ways
+from modicum.heads import FewShot, few_shot, with_ways
 from modicum.lite import prepare_model
 from modicum.methods import AnyMethod, ObservingMethod
-from modicum.observe import observe
 from modicum.optim import SGD, Adam, Optimizer
 from modicum.plan import plan
-from modicum.report.tasks import TaskComparison, TaskRow, summarise
-from modicum.tasks import (
-    EpisodeRule,
-    FixedEpisodes,
-    Labelled,
-    Preprocess,
-    arrays,
-    draw_task,
-    pseudo_query,
-)
+from modicum.report.comparison import write
+from modicum.report.tables import memory_of
+from modicum.report.tasks import TaskComparison, TaskRow
+from modicum.tasks import EpisodeRule, FixedEpisodes, Labelled, Preprocess, arrays, draw_task
 from modicum.units import duration, percent
 
-VERSION: Literal[1] = 1
-OBSERVED = 1_000_000
-"""The step whose pseudo-queries a method scores its channels on: none of those it learns from."""
+VERSION: Literal[2] = 2
+KEEP_BYTES = 512 << 20
+"""Images of tasks that are kept as arrays."""
 
+_Drawn: TypeAlias = tuple[tuple[Array, Array], ...]  # support, query
 Rate = Annotated[float, Field(gt=0, lt=float("inf"))]
 
 
@@ -66,7 +60,7 @@ class Contender(Frozen):
     batch: Annotated[int, Field(ge=1)] = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Domain:
     """Where tasks come from: see `draw_task`."""
 
@@ -74,35 +68,24 @@ class Domain:
     query: Labelled | None = None
     apart: bool = False
 
-    @cached_property
-    def print(self) -> dict[str, Any]:
-        """What it is, without decoding the images: names and labels in order."""
-        digest = hashlib.sha256()
-        for part in (self.dataset, self.query):
-            if part is not None:
-                digest.update(json.dumps([part.classes, part.names]).encode())
-                digest.update(np.ascontiguousarray(part.labels, "<i8").tobytes())
-        return {"images": len(self.dataset), "sha256": digest.hexdigest(), "apart": self.apart}
-
 
 class TaskRun(Frozen):
-    """A task that a method has learned; bytes and MACs of its backward pass as in the papers.
+    """A task that a method has learned: `inputs` is all that it depends on.
 
-    seconds: of the fine-tuning; selection: of looking at the samples and of making the plan.
+    cost: of the backward pass, as the papers count it; `plan` figures are of the whole program, a
+    sample at a time.  layers: trained elements of each parameter.  seconds: of the fine-tuning;
+    selection: of looking at the samples and of making the plan.  `failed` says why the accuracy is
+    that of a guess.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     inputs: dict[str, Any]
-    accuracy: float = 0.0
-    ways: int = 0
-    support: int = 0
-    losses: tuple[float, float] = (0.0, 0.0)
+    accuracy: float
+    ways: int
+    losses: tuple[float, float] | None = None
     seconds: float = 0.0
     selection: float = 0.0
-    trained: int = 0
-    saved: int = 0
-    memory: int = 0
-    macs: int = 0
+    cost: BackwardCost | None = None
     plan_saved: int = 0
     plan_dynamic: int = 0
     plan_ram: int = 0
@@ -135,34 +118,86 @@ def compare_on_tasks(
     `validation_tasks` tasks of the `validation` domains, in turn; these must have other classes.
     `optimizer` (Adam) gives everything but the rate.
 
-    `out` gets a file for each task and method.  Raises InvalidInput for data that does not fit,
-    UsageError where a method does not apply to a model.
+    A task on which training diverges counts with the accuracy of a guess, and is listed.  A method
+    that does not apply to a model, or whose budget nothing fits, is listed with the reason.
+
+    `out` gets a file for each task and method, and the comparison as .json, .txt, .svg and .png.
+    Raises InvalidInput for data that does not fit, UsageError where no method is left.
     """
     if not models or not contenders or not domains or tasks < 1:
         raise UsageError("nothing to compare", hint="a model, a method, a domain and a task")
-    several = [label for label, c in contenders.items() if len(c.rates) > 1]
+    several = [label for label, c in contenders.items() if len(c.rates) > 1 and c.method]
     if several and not validation:
         raise UsageError(
             f"{several[0]} has several rates, and there is nothing to choose by",
             hint="validation={name: Domain(...)} with classes that are not tested",
         )
-    lab = _Lab(
-        Path(out), preprocess, rule or FixedEpisodes(ways=(5, 10), shots=5, queries=10),
-        optimizer or Adam(), seed, progress,
-    )  # fmt: skip
-    rows = []
+    if several and validation_tasks < 1:
+        raise UsageError("rates cannot be chosen on no tasks", hint="validation_tasks from 1 on")
+    rule = rule or FixedEpisodes(ways=(5, 10), shots=5, queries=10)
+    lab = _Lab(Path(out), preprocess, rule, optimizer or Adam(), seed, progress)
+    rows, left_out = [], {}
     for name, model in models.items():
         start = _Start(model, preprocess, name)
         for label, contender in contenders.items():
-            rate, tried = lab.rate(start, label, contender, validation or {}, validation_tasks)
-            by_domain = {
-                d: [lab.run(start, label, contender, rate, d, domain, i) for i in range(tasks)]
-                for d, domain in domains.items()
-            }
-            rows.append(_row(name, label, contender, rate, tried, by_domain))
-    made = summarise(rows)
+            try:
+                rate, tried = lab.rate(start, label, contender, validation or {}, validation_tasks)
+                by_domain = {
+                    d: [lab.run(start, label, contender, rate, d, domain, i) for i in range(tasks)]
+                    for d, domain in domains.items()
+                }
+            except (UsageError, DoesNotFit) as error:
+                left_out[f"{name}: {label}"] = _reason(error)
+                lab.say(f"{name}, {label} left out: {_reason(error)}")
+            else:
+                rows.append(_row(name, label, contender, rate, tried, by_domain))
+    if not rows:
+        why = [f"{label}: {reason}" for label, reason in left_out.items()]
+        raise UsageError("none of the methods could be compared", why=why)
+    made = TaskComparison(
+        tasks=tasks,
+        rule=rule,
+        optimizer=lab.optimizer,
+        preprocess=preprocess,
+        seed=seed,
+        validation=tuple(validation or ()) if several else (),
+        validation_tasks=validation_tasks if several else 0,
+        rows=tuple(rows),
+        left_out=left_out,
+    )
     made.save(Path(out))
     return made
+
+
+def runs_on_tasks(
+    model: nn.Module,
+    contenders: Mapping[str, Contender],
+    domains: Mapping[str, Domain],
+    preprocess: Preprocess,
+    *,
+    out: str | Path,
+    tasks: int,
+    rule: EpisodeRule,
+    optimizer: Optimizer,
+    seed: int = 0,
+    on_run: Callable[[], None] = lambda: None,
+) -> dict[str, list[TaskRun]]:
+    """The runs of `compare_on_tasks` without its table: of each method, with its first rate.
+
+    Domain by domain, task by task, so that runs in the same place have learned the same task.
+    Raises UsageError where a method does not apply to the model.
+    """
+    lab = _Lab(Path(out), preprocess, rule, optimizer, seed, progress=False)
+    start = _Start(model, preprocess, "model")
+    found: dict[str, list[TaskRun]] = {label: [] for label in contenders}
+    for label, contender in contenders.items():
+        for name, domain in domains.items():
+            for i in range(tasks):
+                found[label].append(
+                    lab.run(start, label, contender, contender.rates[0], name, domain, i)
+                )
+                on_run()
+    return found
 
 
 class _Start:
@@ -171,33 +206,31 @@ class _Start:
     def __init__(self, model: nn.Module, preprocess: Preprocess, name: str) -> None:
         self.name = name
         self.model = model if isinstance(model, FewShot) else few_shot(model, 2)
-        self.example = torch.zeros(1, *preprocess.shape)
+        self.device = next(self.model.parameters()).device
+        self.example = torch.zeros(1, *preprocess.shape, device=self.device)
         self._prepared: dict[str, tuple[FewShot, Graph]] = {}
 
     def prepared(self, contender: Contender) -> tuple[FewShot, Graph]:
         """The net that a method trains, and its graph; captured once."""
-        key = "" if contender.method is None else contender.method.model_dump_json()
-        key = key if contender.method is not None and contender.method.kind == "tinytl" else ""
+        adds = contender.method is not None and contender.method.kind == "tinytl"
+        key = contender.method.model_dump_json() if contender.method and adds else ""
         if key not in self._prepared:
-            net = self.model
+            net: Any = self.model
             if contender.method is not None:
                 net = prepare_model(net, self.example, contender.method)
-            net.eval()
-            self._prepared[key] = net, capture(net, self.example)
+            self._prepared[key] = net.eval(), capture(net, self.example)
         return self._prepared[key]
 
     def of_ways(self, contender: Contender, ways: int) -> tuple[FewShot, Graph]:
         """The same for so many classes; the backbone is shared."""
         net, graph = self.prepared(contender)
-        if not isinstance(net.head, CosineHead):
-            raise UsageError("tasks need a cosine head", hint="few_shot(model, ways)")
-        width = net.head.prototypes.shape[1]
-        head = CosineHead(width, ways, float(net.head.scale), float(net.head.bias))
-        return FewShot(net.backbone, head).eval(), with_ways(graph, ways)
+        return net.of_ways(ways), with_ways(graph, ways)
 
     @cached_property
     def hash(self) -> str:
-        digest = hashlib.sha256()
+        """Of the layers and the weights, but for the prototypes, which each task sets."""
+        graph = with_ways(self.prepared(Contender())[1], 2)
+        digest = hashlib.sha256(graph.hash.encode())
         for key, value in sorted(self.model.state_dict().items()):
             if key != "head.prototypes":
                 digest.update(f"{key}{tuple(value.shape)}".encode())
@@ -215,7 +248,8 @@ class _Lab:
     optimizer: Optimizer
     seed: int
     progress: bool
-    _images: dict[tuple[str, int], Any] = field(default_factory=dict, init=False)
+    _drawn: dict[tuple[Domain, int], _Drawn] = field(default_factory=dict, init=False)
+    _prints: dict[tuple[Domain, int], str] = field(default_factory=dict, init=False)
 
     def rate(
         self,
@@ -257,15 +291,16 @@ class _Lab:
         index: int,
         folder: str = "tasks",
     ) -> TaskRun:
+        """A task as a contender has learned it, from its file if there is one."""
+        method = contender.method
         inputs = {
             "modicum": __version__,
             "model": start.hash,
-            "method": contender.method and contender.method.model_dump(mode="json"),
-            "tune": contender.tune.model_dump(mode="json"),
-            "optimizer": self.optimizer.model_copy(update={"lr": rate}).model_dump(mode="json"),
+            "method": method and method.model_dump(mode="json"),
+            "tune": method and contender.tune.model_dump(mode="json"),
+            "optimizer": method and self._optimizer(rate).model_dump(mode="json"),
             "preprocess": self.preprocess.model_dump(mode="json"),
-            "rule": self.rule.model_dump(mode="json"),
-            "domain": domain.print,
+            "images": self._print(domain, index),
             "seed": self.seed,
             "task": index,
         }
@@ -274,13 +309,12 @@ class _Lab:
         path = self.out / folder / name / f"{index:04d}-{digest[:16]}.json"
         run = _read(path, inputs)
         if run is None:
-            run = self._learn(start, contender, rate, name, domain, index, inputs)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(run.model_dump_json(indent=1) + "\n")
-            part.replace(path)
+            run = self._learn(start, contender, rate, domain, index, inputs)
+            write(path, (run.model_dump_json(indent=1) + "\n").encode())
+            at = f", rate {rate:g}" if method else ""
+            at += "" if folder == "tasks" else f" ({folder})"
             came = run.failed or f"{percent(run.accuracy)} in {duration(run.seconds)}"
-            self.say(f"{start.name}, {label}, {name} {index}, rate {rate:g}: {came}")
+            self.say(f"{start.name}, {label}, {name} {index}{at}: {came}")
         return run
 
     def _learn(
@@ -288,75 +322,82 @@ class _Lab:
         start: _Start,
         contender: Contender,
         rate: float,
-        name: str,
         domain: Domain,
         index: int,
         inputs: dict[str, Any],
     ) -> TaskRun:
-        support, query = self._task(name, domain, index)
+        support, query = self._task(domain, index)
         ways = int(support[1].max()) + 1
-        facts: dict[str, Any] = {"inputs": inputs, "ways": ways, "support": len(support[0])}
         net, graph = start.of_ways(contender, ways)
-        optimizer = self.optimizer.model_copy(update={"lr": rate})
-        if contender.method is None:
-            net.head.refresh(_features(net, support[0]), torch.from_numpy(support[1]))
-            return TaskRun(**facts, accuracy=task_accuracy(net, query))
+        method, seed = contender.method, self.seed + index
+        if method is None:
+            refresh(net, support)
+            return TaskRun(inputs=inputs, ways=ways, accuracy=task_accuracy(net, query))
         began = time.perf_counter()
         seen = None
-        if isinstance(contender.method, ObservingMethod):
-            seed = self.seed + index
-            asked = pseudo_query(support[0], contender.tune, seed=seed, step=OBSERVED)
-            method = contender.method
-            seen = observe(net, graph, method, support, queries=(asked, support[1]))
-        made = plan(graph, None, contender.method, optimizer, samples=seen)
-        facts["selection"] = time.perf_counter() - began
-        cost = backward_cost(graph, made.selection, optimizer)
-        facts |= {
-            "trained": cost.updated,
-            "saved": cost.saved,
-            "memory": cost.batch_memory(contender.batch),
-            "macs": cost.macs,
-            "plan_saved": made.cost.saved,
-            "plan_dynamic": made.cost.arena - made.cost.trained_bytes - made.cost.optimizer_bytes,
-            "plan_ram": made.cost.ram,
-            "layers": {t.param: t.size for t in made.program.trained},
-        }
+        if isinstance(method, ObservingMethod):
+            seen = observe_task(net, graph, method, support, contender.tune, seed=seed)
+        made = plan(graph, None, method, self._optimizer(rate), samples=seen)
+        run = TaskRun(
+            inputs=inputs,
+            ways=ways,
+            accuracy=1 / ways,
+            selection=time.perf_counter() - began,
+            cost=backward_cost(graph, made.selection, made.optimizer),
+            plan_saved=made.cost.saved,
+            plan_dynamic=memory_of(made).dynamic,
+            plan_ram=made.cost.ram,
+            layers={t.param: t.size for t in made.program.trained},
+        )
+        unlabelled = query[0] if contender.tune.entropy else None
         try:
             tuned, learned = fine_tune(
-                net, made, support, contender.tune, seed=self.seed + index, queries=query[0]
+                net, made, support, contender.tune, seed=seed, queries=unlabelled
             )
+            accuracy = task_accuracy(tuned, query)
         except Diverged as error:
-            return TaskRun(**facts, accuracy=1 / ways, failed=error.what)
-        return TaskRun(
-            **facts,
-            accuracy=task_accuracy(tuned, query),
-            losses=(learned.losses[0], learned.losses[-1]) if learned.losses else (0.0, 0.0),
-            seconds=learned.seconds,
+            return run.model_copy(update={"failed": error.what})
+        ends = (learned.losses[0], learned.losses[-1]) if learned.losses else None
+        return run.model_copy(
+            update={"accuracy": accuracy, "losses": ends, "seconds": learned.seconds}
         )
 
-    def _task(self, name: str, domain: Domain, index: int) -> Any:
+    def _optimizer(self, rate: float) -> Optimizer:
+        return self.optimizer.model_copy(update={"lr": rate})
+
+    def _task(self, domain: Domain, index: int) -> _Drawn:
         """Support and query as arrays; the last ones are kept, methods come one after another."""
-        key = (domain.print["sha256"], index)
-        if key not in self._images:
-            if len(self._images) > 256:
-                self._images.clear()
+        key = (domain, index)
+        if key not in self._drawn:
+            if sum(x.nbytes for task in self._drawn.values() for x, _ in task) > KEEP_BYTES:
+                self._drawn.clear()
             task = draw_task(
                 domain.dataset, self.rule, seed=self.seed, index=index, query=domain.query,
                 apart=domain.apart,
             )  # fmt: skip
             parts = (task.support, task.query)
-            self._images[key] = tuple(arrays(part, self.preprocess) for part in parts)
-        return self._images[key]
+            self._drawn[key] = tuple(arrays(part, self.preprocess) for part in parts)
+        return self._drawn[key]
+
+    def _print(self, domain: Domain, index: int) -> str:
+        """A fingerprint of all pixels and labels of a task."""
+        key = (domain, index)
+        if key not in self._prints:
+            digest = hashlib.sha256()
+            for x, y in self._task(domain, index):
+                digest.update(f"{x.shape}".encode() + np.ascontiguousarray(x, "<f4").tobytes())
+                digest.update(np.ascontiguousarray(y, "<i8").tobytes())
+            self._prints[key] = digest.hexdigest()
+        return self._prints[key]
 
     def say(self, line: str) -> None:
         if self.progress:
             print(line, file=sys.stderr, flush=True)
 
 
-def _features(net: FewShot, x: Array) -> torch.Tensor:
-    with torch.no_grad():
-        parts = [net.backbone(torch.from_numpy(x[i : i + 64])) for i in range(0, len(x), 64)]
-    return torch.cat(parts)
+def _reason(error: ModicumError) -> str:
+    more = [line for key in ("why", "where") for line in error.details.get(key, ())]
+    return "; ".join([error.what, *more])
 
 
 def _read(path: Path, inputs: dict[str, Any]) -> TaskRun | None:
@@ -377,26 +418,31 @@ def _row(
     by_domain: Mapping[str, Sequence[TaskRun]],
 ) -> TaskRow:
     runs = [run for each in by_domain.values() for run in each]
-
-    def mean(key: str) -> float:
-        return float(np.mean([getattr(run, key) for run in runs]))
-
-    def most(key: str) -> int:
-        return int(max(getattr(run, key) for run in runs))
-
-    failed = sum(run.failed is not None for run in runs)
+    costs = [run.cost for run in runs if run.cost is not None]
+    failed = {
+        f"{d} {i}": run.failed
+        for d, each in by_domain.items()
+        for i, run in enumerate(each)
+        if run.failed is not None
+    }
     return TaskRow(
         model=model,
         label=label,
         method=contender.method,
-        rate=rate,
+        tune=contender.tune.model_dump(mode="json") if contender.method else None,
+        rate=rate if contender.method else None,
         tried={f"{r:g}": a for r, a in tried.items()},
         accuracies={d: tuple(run.accuracy for run in each) for d, each in by_domain.items()},
-        batch=contender.batch,
-        **{key: most(key) for key in ("trained", "saved", "memory", "macs")},
-        **{key: most(key) for key in ("plan_saved", "plan_dynamic", "plan_ram")},
-        seconds=mean("seconds"),
-        selection=mean("selection"),
+        trained=max((c.updated for c in costs), default=0),
+        saved=max(run.plan_saved for run in runs),
+        dynamic=max(run.plan_dynamic for run in runs),
+        ram=max(run.plan_ram for run in runs),
+        memory_one=max((c.memory for c in costs), default=0),
+        batch=contender.batch if contender.method else 1,
+        memory=max((c.batch_memory(contender.batch) for c in costs), default=0),
+        macs=max((c.macs for c in costs), default=0),
+        seconds=float(np.mean([run.seconds for run in runs])),
+        selection=float(np.mean([run.selection for run in runs])),
         failed=failed,
     )
 

@@ -250,6 +250,25 @@ static void resize(void) {
   add_floats(x, h * w * c);
 }
 
+static void cosine(void) {
+  const int32_t features = between(1, 90), ways = between(1, 12);
+  float *x = filled(features), *c = filled(ways * features), *head = filled(2);
+  float *y = filled(ways), *dx = filled(features);
+  mo_cosine_forward(y, x, c, head, head + 1, features, ways);
+  add_floats(y, ways);
+  mo_cosine_dx(dx, y, x, c, head, features, ways, between(0, 1));
+  add_floats(dx, features);
+  mo_prototype_add(c, x, between(0, ways - 1), features);
+  add_floats(c, ways * features);
+}
+
+static void fisher(void) {
+  const int32_t pixels = between(1, 20), c = between(1, 50);
+  float *x = filled(pixels * c), *dy = filled(pixels * c), *score = filled(c);
+  mo_fisher(score, dy, x, pixels, c, between(0, 1));
+  add_floats(score, c);
+}
+
 static void run(const char *name, void (*kernel)(void)) {
   char hex[] = " 00000000\n";
   digest = 0;
@@ -277,5 +296,7 @@ int main(void) {
   run("norms", norms);
   run("weight norms", weight_norms);
   run("resize", resize);
+  run("cosine", cosine);
+  run("fisher", fisher);
   return 0;
 }

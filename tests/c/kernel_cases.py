@@ -763,6 +763,61 @@ def _run_resize(kernels: Kernels, in_size, out_size, factors, c, align_corners, 
     return got
 
 
+cosines = st.fixed_dictionaries(
+    dict(
+        seed=seeds,
+        features=st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 300])),
+        ways=st.integers(1, 12),
+        accumulate=st.booleans(),
+        zero=st.sampled_from(["", "", "", "embedding", "prototype"]),
+        label=st.integers(0, 11),
+    )
+)
+
+
+def cosine_tensors(seed, features, ways, accumulate, zero, **_) -> Arrays:
+    rng = np.random.default_rng(seed)
+    x, prototypes = normal(rng, features), normal(rng, ways, features)
+    (x if zero == "embedding" else prototypes[0])[:] *= np.float32(not zero)
+    return dict(
+        x=x,
+        prototypes=prototypes,
+        scale=normal(rng, 1) * np.float32(10),
+        bias=normal(rng, 1),
+        dy=normal(rng, ways),
+        dx0=target(rng, accumulate, features),
+    )
+
+
+def _run_cosine(kernels: Kernels, features, ways, accumulate, label, **case) -> Arrays:
+    t = cosine_tensors(features=features, ways=ways, accumulate=accumulate, **case)
+    y, dx, prototypes = unwritten(ways), t["dx0"].copy(), t["prototypes"]
+    head = prototypes, t["scale"], t["bias"]
+    kernels.mo_cosine_forward(y, t["x"], *head, features, ways)
+    kernels.mo_cosine_dx(dx, t["dy"], t["x"], *head[:2], features, ways, accumulate)
+    sums = prototypes.copy()
+    added = kernels.mo_prototype_add(sums, t["x"], label % ways, features)
+    return dict(y=y, dx=dx, sums=sums, added=np.array(added))
+
+
+probes = st.fixed_dictionaries(
+    dict(seed=seeds, pixels=st.integers(1, 40), c=channels, accumulate=st.booleans())
+)
+
+
+def probe_tensors(seed, pixels, c, accumulate) -> Arrays:
+    rng = np.random.default_rng(seed)
+    score = np.abs(normal(rng, c)) if accumulate else unwritten(c)
+    return dict(x=normal(rng, pixels, c), dy=normal(rng, pixels, c), score0=score)
+
+
+def _run_probe(kernels: Kernels, pixels, c, accumulate, seed) -> Arrays:
+    t = probe_tensors(seed, pixels, c, accumulate)
+    score = t["score0"].copy()
+    kernels.mo_fisher(score, t["dy"], t["x"], pixels, c, accumulate)
+    return dict(score=score)
+
+
 OPS = {
     "conv2d": Op(convolutions(depthwise=False), _run_convolution("conv2d")),
     "pointwise": Op(pointwise(), _run_convolution("conv2d")),
@@ -784,4 +839,6 @@ OPS = {
     "fused_norm": Op(fused_norms(), _run_fused_norm),
     "standard": Op(standards, _run_standard),
     "resize": Op(resizes(), _run_resize),
+    "cosine": Op(cosines, _run_cosine),
+    "probe": Op(probes, _run_probe),
 }

@@ -67,6 +67,7 @@ class Kernels:
         "mo_cross_entropy": ctypes.c_float,
         "mo_mse": ctypes.c_float,
         "mo_all_finite": ctypes.c_int,
+        "mo_prototype_add": ctypes.c_int,
         "mo_crc32": ctypes.c_uint32,
     }
 

@@ -138,6 +138,29 @@ def test_a_window_between_the_inputs_has_no_maximum_and_no_gradient(kernels):
     assert dx[0] == 0
 
 
+@pytest.mark.parametrize("bad", [*BAD, 3e38])
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_a_prototype_takes_an_embedding_whole_or_not_at_all(kernels, bad, position):
+    prototypes = np.full((3, 5), 2e38, np.float32)
+    before, x = prototypes.copy(), np.ones(5, np.float32)
+    x[position] = bad
+    assert kernels.mo_prototype_add(prototypes, x, 1, 5) == 0
+    assert np.array_equal(prototypes, before)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("zero", ["embedding", "prototype"])
+def test_a_cosine_of_a_bad_number_is_not_finite_and_of_a_zero_is_zero(kernels, bad, zero):
+    x, c, scale, bias = (np.ones(n, np.float32) for n in (4, 4, 1, 1))
+    (x if zero == "embedding" else c)[:] = 0
+    y = np.zeros(1, np.float32)
+    kernels.mo_cosine_forward(y, x, c, scale, bias, 4, 1)
+    assert y == 1
+    (x if zero == "embedding" else c)[2] = bad
+    kernels.mo_cosine_forward(y, x, c, scale, bias, 4, 1)
+    assert not np.isfinite(y)
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_all_finite_sees_one_bad_value_anywhere(kernels, bad):
     x = np.array([0.0, -1.0, 3.4e38, 1e-45, -3.4e38], np.float32)

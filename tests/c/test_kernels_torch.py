@@ -338,6 +338,23 @@ def resize(factors, align_corners, **case):
     return want
 
 
+def cosine(accumulate, label, **case):
+    t = cases.cosine_tensors(accumulate=accumulate, **case)
+    x, prototypes = double(t["x"], grad=True), double(t["prototypes"])
+    units = (F.normalize(v, dim=-1, eps=1e-8) for v in (prototypes, x))
+    y = double(t["scale"]) * (torch.matmul(*units) + double(t["bias"]))
+    (dx,) = torch.autograd.grad(y, x, double(t["dy"]))
+    sums = prototypes.clone()
+    sums[label % len(sums)] += x.detach()
+    return dict(y=y, dx=accumulated(dx, t["dx0"], accumulate), sums=sums, added=1)
+
+
+def probe(accumulate, **case):
+    t = cases.probe_tensors(accumulate=accumulate, **case)
+    score = (double(t["x"]) * double(t["dy"])).sum(0).square() / 2
+    return dict(score=accumulated(score, t["score0"], accumulate))
+
+
 REFERENCES = dict(
     conv2d=convolution(depthwise=False),
     pointwise=convolution(depthwise=False),
@@ -359,4 +376,6 @@ REFERENCES = dict(
     fused_norm=fused_norm,
     standard=standard,
     resize=resize,
+    cosine=cosine,
+    probe=probe,
 )

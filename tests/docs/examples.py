@@ -253,6 +253,24 @@ def _kept(shown: list[str], printed: list[str]) -> list[str]:
 # ---- what comes from benchmarks/results -------------------------------------------------------
 
 
+_TASKS = (
+    ("weights", "model", ""),
+    ("method", "method", ""),
+    ("traffic signs", "traffic_signs", ""),
+    ("Omniglot", "omniglot", ""),
+    ("CIFAR-10", "cifar10", ""),
+    ("Tiny-ImageNet", "tiny_imagenet", ""),
+    ("all", "all", ""),
+    ("ahead, far domains", "ahead_far", ""),
+    ("ahead, all", "ahead_all", ""),
+    ("rate", "rate", "g"),
+    ("backward memory, MB", "memory_mb", ".2f"),
+    ("of one sample, MB", "memory_one_mb", ".2f"),
+    ("RAM, KiB", "ram_kb", ",.0f"),
+    ("backward, M MACs", "macs", "M"),
+    ("selecting, s", "selection_s", ".2f"),
+    ("learning, s", "learning_s", ".1f"),
+)
 TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "host_step": (
         ("net", "net", ""),
@@ -307,6 +325,35 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("plain PyTorch, ms", "plain_ms", ".1f"),
         ("ratio", "ratio", ".2f"),
     ),
+    "tinytrain_cost": (
+        ("net", "net", ""),
+        ("trained", "method", ""),
+        ("parameters", "trained", ","),
+        ("backward memory, plan, MB", "memory_mb", ".2f"),
+        ("measured, MB", "measured_mb", ".2f"),
+        ("paper, MB", "paper_mb", "g"),
+        ("backward, M MACs", "macs", "M"),
+        ("measured, M MACs", "macs_measured", "M"),
+        ("paper, M MACs", "paper_macs", "g"),
+        ("kept, KiB", "kept_kb", ",.1f"),
+        ("dynamic, KiB", "dynamic_kb", ",.1f"),
+        ("RAM, KiB", "ram_kb", ",.1f"),
+    ),
+    "tinytrain_steps": (
+        ("net", "net", ""),
+        ("PyTorch, all, ms", "torch_all_ms", ".1f"),
+        ("TinyTrain, ms", "torch_tinytrain_ms", ".1f"),
+        ("ratio", "torch_ratio", ".1f"),
+        ("C, all, ms", "c_all_ms", ".2f"),
+        ("TinyTrain, ms", "c_tinytrain_ms", ".2f"),
+        ("ratio", "c_ratio", ".2f"),
+        ("backward alone, ratio", "c_backward_ratio", ".1f"),
+        ("MACs, ratio", "macs_ratio", ".2f"),
+        ("backward MACs, ratio", "macs_backward_ratio", ".1f"),
+    ),
+    "tinytrain_main": _TASKS,
+    "tinytrain_wide": _TASKS,
+    "tinytrain_ablation": _TASKS,
     "pareto": (
         ("method", "method", ""),
         ("accuracy, %", "accuracy", ".1f"),
@@ -319,7 +366,11 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("learning rate", "rate", "g"),
     ),
 }
-SOURCES = {"headline": ("host_step", "rows"), "mobiletl_blocks": ("mobiletl_memory", "blocks")}
+SOURCES = {
+    "headline": ("host_step", "rows"),
+    "mobiletl_blocks": ("mobiletl_memory", "blocks"),
+    "tinytrain_steps": ("tinytrain_cost", "times"),
+}
 """Sections that are not the `rows` of the file of their name: file and key."""
 
 
@@ -434,7 +485,7 @@ def _table(name: str) -> str:
 
 
 def _cell(row: dict[str, Any], key: str, form: str) -> str:
-    if key not in row:
+    if row.get(key) is None:
         return "does not fit" if "why" in row and key == "train" else ""
     if form == "M":
         return f"{row[key] / 1e6:,.1f}"

@@ -43,6 +43,12 @@ class Workshop:
                 patch.setenv("OPT", "-O0")
             return mo.run(folder, on=on, **more)  # type: ignore[arg-type]
 
+    def native(self, folder: Path) -> mo.Native:
+        """The net in this process, with the bits of a parity build."""
+        with self.kernels(folder, "lib-parity"), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPT", "-O0")
+            return mo.Native(folder, parity=True)
+
     @contextmanager
     def kernels(self, folder: Path, variant: str) -> Iterator[None]:
         """Lend the compiled kernels to the folder; who comes first compiles, the others wait."""

@@ -58,8 +58,8 @@ class Machine:
 
     def train(self, x: np.ndarray, y: object, lr: float, last: bool = True) -> float:
         """One sample (without the batch dimension); `last` of an accumulation."""
-        self.floats(self.program.input_buffer)[:] = image_to_c(x[None]).ravel()
-        self.names = {"lr": lr, "MO_NO_LO": -np.inf, "MO_NO_HI": np.inf}
+        self.load(x)
+        self.names["lr"] = lr
         if self.program.loss == "mse":
             self.names["target"] = np.ascontiguousarray(y, np.float32)
         else:
@@ -71,6 +71,23 @@ class Machine:
             result = self.step(step)
             loss = result if step.phase == "loss" and result is not None else loss
         return loss
+
+    def load(self, x: np.ndarray, training: bool = True) -> None:
+        self.floats(self.program.input_buffer)[:] = image_to_c(x[None]).ravel()
+        self.names = {"MO_NO_LO": -np.inf, "MO_NO_HI": np.inf}
+        self.training = training
+
+    def clear_prototypes(self) -> None:
+        self.bytes_of(self.program.refresh.args[0].name)[:] = 0
+
+    def add_prototype(self, x: np.ndarray, label: int) -> None:
+        """A forward pass that keeps nothing, and then the embedding."""
+        self.load(x, training=False)
+        for step in self.program.steps:
+            if step.phase == "forward":
+                self.step(step)
+        self.names["label"] = label
+        assert self.call(self.program.refresh, 0) == 1
 
     def step(self, step: Step) -> float | None:
         result = None
@@ -91,6 +108,8 @@ class Machine:
 
     def argument(self, a: Arg, row: int) -> object:
         if isinstance(a, Buf):
+            if a.training and not self.training:
+                return None
             at = self.offsets[a.name] + 4 * (a.offset + row * a.rows)
             return self.arena[at:]
         if isinstance(a, Const):

@@ -16,7 +16,7 @@ CHECKED = [
     if c.id in (
         "mobile-slices-Momentum", "groups-slices-Adam-x3", "norms-slices-Momentum-x2",
         "residuals-Full-SGD", "regression-Full-Adam-x2", "max_pools-Full-SGD",
-        "average_pools-Full-SGD", "concats-Full-SGD-x3",
+        "average_pools-Full-SGD", "concats-Full-SGD-x3", "few_shot-slices-Adam-x3",
     )
 ]  # fmt: skip
 rows = pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.id)

@@ -13,11 +13,12 @@ from c.kernels import PARITY, Kernels
 from c.kernels import build as build_kernels
 from emit.interpreter import Machine
 from graphs import Builder
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import GraphModel, cut, gradient, run_graph, samples, total_loss
+from oracle import GraphModel, cut, gradient, run_values, samples, total_loss
 
-from modicum.lower import lower
+from modicum.graph import Param
+from modicum.lower import fisher_of, lower
 from modicum.memory import place, verify
 from modicum.optim import SGD
 from modicum.selection import Selection, Slice, Update
@@ -110,6 +111,80 @@ def test_a_slice_takes_the_step_of_the_same_channels_of_the_whole(kernels, job, 
         assert np.abs(got - want).max() <= within * np.abs(want).max(), u.param
 
 
+@st.composite
+def few_shot_jobs(draw: st.DrawFn) -> dict:
+    """A job of `graphs.jobs` with a cosine head, probes, or both; of both, it may train nothing."""
+    job = draw(graphs.jobs(8))
+    graph, updates = job["graph"], job["selection"].updates
+    if cosine := draw(st.booleans()):
+        graph = job["graph"] = with_cosine_head(graph)
+        updates = tuple(u for u in updates if u.param in graph.trainable())
+    norms = [n.inputs[0] for n in graph.nodes if n.op == "batch_norm"]
+    able = [n.name for n in graph.nodes[:-1] if n.name not in norms]  # a norm may be folded
+    least = 0 if updates else 1
+    assume(able or updates)
+    probes = st.lists(st.sampled_from(able or [""]), min_size=least, max_size=3, unique=True)
+    chosen = tuple(draw(probes)) if able and (least or not cosine or draw(st.booleans())) else ()
+    if chosen and draw(st.booleans()):
+        updates = ()
+    job["selection"] = job["selection"].model_copy(update={"updates": updates, "probes": chosen})
+    return job
+
+
+def with_cosine_head(graph: graphs.Graph) -> graphs.Graph:
+    head = graph.by_name[graph.output]
+    ways, features = graph.params[head.params["weight"]].shape
+    shapes = {"prototypes": (ways, features), "scale": (1,), "bias": (1,)}
+    new = {
+        f"head.{role}": Param(name=f"head.{role}", shape=shape, trainable=False)
+        for role, shape in shapes.items()
+    }
+    params = {k: v for k, v in graph.params.items() if k not in head.params.values()}
+    roles = {role: f"head.{role}" for role in shapes}
+    cosine = head.model_copy(update={"op": "cosine", "params": roles, "attrs": {}})
+    nodes = (*graph.nodes[:-1], cosine)
+    return graph.model_copy(update={"nodes": nodes, "params": {**params, **new}})
+
+
+@settings(max_examples=200)
+@given(job=few_shot_jobs(), order=st.sampled_from(ORDERS))
+def test_a_program_with_a_cosine_head_and_probes_does_what_autograd_says(kernels, job, order):
+    takes_the_step_of_autograd(kernels, job, order)
+
+
+@settings(max_examples=60)
+@given(job=few_shot_jobs().filter(lambda job: job["graph"].nodes[-1].op == "cosine"))
+def test_refreshed_prototypes_are_the_sums_of_the_embeddings_of_each_class(kernels, job):
+    machine, model = machine_of(kernels, job, "dx-first")
+    ways = job["graph"].values[job["graph"].output].size
+    x, _ = samples(job["graph"], "cross_entropy", ways + 2)
+    before, labels = machine.trained(), [i % ways for i in range(ways + 2)]
+    for _ in range(2):
+        machine.clear_prototypes()
+        for image, label in zip(x, labels, strict=True):
+            machine.add_prototype(image.numpy(), label)
+    after = machine.trained()
+    double = copy.deepcopy(model).double()
+    predicting = job["selection"].model_copy(update={"batch_norms": ()})
+    with torch.no_grad():
+        values = run_values(job["graph"], double, x.double(), predicting)
+    want = torch.zeros_like(double.get_buffer("head.prototypes"))
+    want.index_add_(0, torch.tensor(labels), values[job["graph"].nodes[-1].inputs[0]])
+    within = 1e-4 * max(1.0, float(want.abs().max()))
+    assert after.pop("head.prototypes") == pytest.approx(want.numpy(), abs=within)
+    for name, value in after.items():
+        assert np.array_equal(value, before[name]), name
+
+
+def machine_of(kernels: Kernels, job: dict, order: str) -> tuple[Machine, GraphModel]:
+    program = lower(**job, order=order)
+    placement = place(program)
+    verify(program, placement.offsets, placement.arena)
+    model = GraphModel(job["graph"])
+    state = {k: v.numpy() for k, v in model.state_dict().items()}
+    return Machine(kernels, program, placement, materialise(program.graph, state)), model
+
+
 def steps(kernels: Kernels, job: dict, order: str) -> dict[str, np.ndarray]:
     """The trained slices after one update of a model with random weights."""
     program = lower(**job, order=order)
@@ -124,19 +199,14 @@ def steps(kernels: Kernels, job: dict, order: str) -> dict[str, np.ndarray]:
 
 def takes_the_step_of_autograd(kernels: Kernels, job: dict, order: str) -> None:
     job["optimizer"] = SGD(lr=1.0)
-    program = lower(**job, order=order)
-    placement = place(program)
-    verify(program, placement.offsets, placement.arena)
-    model = GraphModel(job["graph"])
-    state = {k: v.numpy() for k, v in model.state_dict().items()}
-    machine = Machine(kernels, program, placement, materialise(program.graph, state))
+    machine, model = machine_of(kernels, job, order)
     n = job["accumulate"]
     x, y = samples(job["graph"], job["loss"], n)
     before = machine.trained()
     losses = [machine.train(x[i].numpy(), y[i].numpy(), lr=1.0, last=i == n - 1) for i in range(n)]
     after = machine.trained()
 
-    (single, roughly), (double, loss) = (
+    (single, roughly, rough_scores), (double, loss, scores) = (
         autograd(copy.deepcopy(model).to(kind), job, x.to(kind), y)
         for kind in (torch.float32, torch.float64)
     )
@@ -151,17 +221,31 @@ def takes_the_step_of_autograd(kernels: Kernels, job: dict, order: str) -> None:
         scale = max(1e-2, float(want.abs().max()), np.abs(before[update.param]).max() * 1e-2)
         rounding = float((rough - want).abs().max())
         assert np.abs(got - want.numpy()).max() <= 1e-4 * scale + 30 * rounding, update.param
-    for t in program.statistics:
+    for name, want in scores.items():
+        rounding = float((rough_scores[name] - want).abs().max())
+        within = 1e-5 + 1e-4 * float(want.max()) + 30 * rounding
+        # the loss of each sample is divided by n, and the score is quadratic
+        assert np.abs(-after[fisher_of(name)] * n * n - want.numpy()).max() <= within * n, name
+    for t in machine.program.statistics:
         want, rough = (dict(net.named_buffers())[t.param].double() for net in (double, single))
         rounding = float((rough - want).abs().max())
         assert after[t.param] == pytest.approx(want.numpy(), rel=1e-4, abs=1e-5 + 30 * rounding)
 
 
 def autograd(net: GraphModel, job: dict, x: torch.Tensor, y: torch.Tensor) -> tuple:
-    """The net with the gradients of all samples, and their loss."""
-    loss = torch.zeros(())
+    """The net with the gradients of all samples, their loss, and the scores of probed values."""
+    loss, scores = torch.zeros(()), dict.fromkeys(job["selection"].probes, 0.0)
     for i in range(len(x)):  # batch statistics are of one sample
-        out = run_graph(job["graph"], net, x[i : i + 1], job["selection"])
-        loss = loss + total_loss(job["loss"], out, y[i : i + 1])
+        sample = x[i : i + 1].requires_grad_()
+        values = run_values(job["graph"], net, sample, job["selection"])
+        one = total_loss(job["loss"], values[job["graph"].output], y[i : i + 1])
+        probed = [values[name] for name in scores]
+        grads = torch.autograd.grad(one, probed, retain_graph=True) if probed else ()
+        for name, value, g in zip(scores, probed, grads, strict=True):
+            product = (value * g).double().detach()
+            product = product.flatten(2).sum(2) if product.dim() == 4 else product
+            product = product.flatten(1, -2).sum(1) if product.dim() == 3 else product
+            scores[name] = scores[name] + product[0].square() / 2
+        loss = loss + one
     loss.backward()
-    return net, loss.item()
+    return net, loss.item(), scores

@@ -12,6 +12,7 @@ import modicum as mo
 IDS = (
     *("mobile-Full-SGD-nano33ble", "conv-Bias1-Adam-stm32f746", "groups-slices-Adam-x3"),
     *("gated-MobileTL_batch-Momentum", "gated-shift_only-Adam-x3", "curves-Full-SGD"),
+    "few_shot-slices-Adam-x3",
 )
 ROWS = [next(c for c in CASES if c.id == id_) for id_ in IDS]
 

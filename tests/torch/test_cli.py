@@ -148,6 +148,305 @@ def test_a_list_of_methods_is_parted_where_a_method_begins():
     assert arguments.parse_method("last:n=2", ["n=5"]) == mo.Last(n=5)
 
 
+# ---- few-shot tasks ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory) -> Path:
+    """net.py; base.npz, images of 8 classes; support.npz and query.npz, arrays of 3 others."""
+    root = tmp_path_factory.mktemp("shots")
+    (root / "net.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU6(), nn.Conv2d(8, 8, 3),\n"
+        "        nn.ReLU6(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 6))\n"
+    )
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 160, (11, 8, 8))
+
+    def pictures(classes: range, each: int):
+        y = np.repeat(np.arange(len(classes)), each)
+        return base[y + classes[0]] + rng.integers(0, 96, (len(y), 8, 8)), y
+
+    x, y = pictures(range(8), 8)
+    np.savez(root / "base.npz", x=x.astype(np.uint8), y=y)
+    for name, each in (("support", 5), ("query", 8)):
+        x, y = pictures(range(8, 11), each)
+        np.savez(root / f"{name}.npz", x=(x[:, None] / 255).astype(np.float32), y=y)
+    for k in range(3):
+        (root / "photos" / f"c{k}").mkdir(parents=True)
+        for i in range(5):
+            picture = np.round(np.load(root / "support.npz")["x"][5 * k + i, 0] * 255)
+            Image.fromarray(picture.astype(np.uint8)).save(root / "photos" / f"c{k}" / f"{i}.png")
+    return root
+
+
+SHAPE = ["--input", "1x1x8x8"]
+LEAN = ["--method", "tinytrain:ram=64KiB,macs_fraction=0.5", "--optimizer", "adam", "--lr", 0.01]
+
+
+def test_the_whole_road_of_a_few_shot_task(modicum, shots, tmp_path):
+    net, plan, saved = f"{shots / 'net.py'}:make", tmp_path / "plan.json", tmp_path / "adapted.pt"
+    meta = tmp_path / "meta"
+    words = ["metatrain", net, *SHAPE, "--data", shots / "base.npz", "--ways", "3-5", "--shots", 2,
+             "--queries", 3, "--epochs", 2, "--episodes", 6, "--rate", 0.01, "--warmup", 1,
+             "--out", meta, "--json"]  # fmt: skip
+    first = modicum(*words)
+    assert first.code == 0 and "epoch 2/2: loss" in first.err, first.err
+    trace = json.loads(first.out)
+    assert len(trace["losses"]) == 2 and trace["best"] == 1
+    again = modicum(*words)
+    assert "goes on after epoch 2" in again.err and json.loads(again.out) == trace
+    weights = meta / "weights.pt"
+    assert len(torch.load(weights, weights_only=True)["head.prototypes"]) == 5
+
+    few = ["--ways", 3, "--samples", shots / "support.npz", "--weights", weights]
+    done = modicum("plan", net, *SHAPE, *LEAN, *few, "--out", plan)
+    assert done.code == 0 and "as initialised" not in done.err, done.err
+    made = mo.Plan.load(plan)
+    assert made.graph.values[made.graph.output].shape == (1, 3)
+    adapted = modicum("adapt", net, "--plan", plan, "--weights", weights, "--data",
+                      shots / "support.npz", "--test", shots / "query.npz", "--iterations", 7,
+                      "--prototypes", "fixed", "--tune", "translate=0.25", "--save", saved,
+                      "--out", tmp_path / "trace.json")  # fmt: skip
+    assert adapted.code == 0 and "7 steps" in adapted.out, adapted.err
+    after = mo.Trace.load(tmp_path / "trace.json")
+    assert after.accuracy_before > 0.5 and len(after.losses) == 7
+
+    loaded = arguments.model_of_plan(made, net, saved)
+    x, y = (np.load(shots / "query.npz")[k] for k in "xy")
+    with torch.no_grad():
+        logits = loaded(torch.from_numpy(x)).numpy()
+    assert logits == pytest.approx(after.logits_after, abs=1e-4)
+    done = modicum("emit", net, "--plan", plan, "--weights", saved, "--out", tmp_path / "c")
+    assert done.code == 0, done.err
+
+
+def test_meta_trained_weights_go_into_plain_and_few_shot_models_of_any_ways(modicum, shots, tmp_path):
+    net, weights = f"{shots / 'net.py'}:make", tmp_path / "w.pt"
+    trained = arguments.make_network(net, None, None, ways=5)[0]
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.add_(1)
+        trained.head.prototypes.normal_()
+        trained.head.scale.fill_(3.0)
+    torch.save(trained.state_dict(), weights)
+    backbone = trained.backbone.state_dict()
+
+    same, said = arguments.make_network(net, weights, None, ways=5)
+    assert said == "" and torch.equal(same.head.prototypes, trained.head.prototypes)
+    other, said = arguments.make_network(net, weights, None, ways=7)
+    assert said == "prototypes as initialised: 5 classes in the weights, 7 in the net"
+    assert other.head.prototypes.shape == (7, 32) and float(other.head.scale) == 3.0
+    plain, said = arguments.make_network(net, weights, None)
+    assert said == "6 as initialised: the weights are of a few-shot model"
+    fresh = arguments.make_network(net, None, None)[0]
+    assert torch.equal(plain[6].weight, fresh[6].weight)
+    for into in (same.backbone, other.backbone, plain):
+        assert all(torch.equal(into.state_dict()[k], v) for k, v in backbone.items())
+
+    torch.save(fresh.state_dict(), weights)  # and a classifier's into a few-shot model
+    wrapped, said = arguments.make_network(net, weights, None, ways=2)
+    assert said == "" and torch.equal(wrapped.backbone[0].weight, fresh[0].weight)
+    assert not wrapped.head.prototypes.any()
+    del backbone["0.bias"]
+    torch.save({f"backbone.{k}": v for k, v in backbone.items()}
+               | {f"head.{k}": v for k, v in trained.head.state_dict().items()}, weights)  # fmt: skip
+    for ways in (None, 5):
+        with pytest.raises(mo.InvalidInput, match=r"0\.bias"):
+            arguments.make_network(net, weights, None, ways=ways)
+
+
+def test_a_factory_may_make_a_few_shot_model_itself(modicum, shots, tmp_path):
+    (tmp_path / "few.py").write_text(
+        f"import sys; sys.path.insert(0, {str(shots)!r})\n"
+        "import net, modicum as mo\n"
+        "def make():\n    return mo.few_shot(net.make(), 4, scale=5.0)\n"
+    )
+    few = f"{tmp_path / 'few.py'}:make"
+    assert arguments.make_network(few, None, None)[0].head.prototypes.shape == (4, 32)
+    made = arguments.make_network(few, None, None, ways=3)[0]
+    assert made.head.prototypes.shape == (3, 32) and float(made.head.scale) == 5.0
+    torch.save(made.state_dict(), tmp_path / "w.pt")
+    again, said = arguments.make_network(few, tmp_path / "w.pt", None)
+    assert said == "" and again.head.prototypes.shape == (4, 32)
+
+
+def test_lite_modules_of_a_few_shot_model_are_loaded_into_it_and_into_a_plain_one(tmp_path):
+    (tmp_path / "mobile.py").write_text(
+        "from modicum.models import MobileNetV2\ndef make():\n    return MobileNetV2(3, 0.1)\n"
+    )
+    net, weights = f"{tmp_path / 'mobile.py'}:make", tmp_path / "w.pt"
+
+    def prepare(model):
+        return mo.prepare_model(model.eval(), torch.zeros(1, 3, 16, 16), mo.TinyTL(drop=0.9))
+
+    first = arguments.make_network(net, None, None, prepare, 2)[0]
+    lite = [k for k in first.state_dict() if ".lite." in k]
+    assert lite and all(k.startswith("backbone.") for k in lite)
+    torch.save({k: v + 1 for k, v in first.state_dict().items()}, weights)
+    again = arguments.make_network(net, weights, None, prepare, 2)[0]
+    plain = arguments.make_network(net, weights, None, prepare)[0]
+    for k in lite:
+        assert torch.equal(again.state_dict()[k], first.state_dict()[k] + 1)
+        assert torch.equal(plain.state_dict()[k.removeprefix("backbone.")], again.state_dict()[k])
+
+
+def test_samples_of_images_and_of_arrays_make_the_same_plan(modicum, shots, tmp_path):
+    net = f"{shots / 'net.py'}:make"
+    plans = []
+    for samples in ("support.npz", "photos"):
+        plan = tmp_path / f"{samples}.json"
+        done = modicum("plan", net, *SHAPE, *LEAN, "--ways", 3, "--samples", shots / samples,
+                       "--out", plan)  # fmt: skip
+        assert done.code == 0, done.err
+        plans.append(mo.Plan.load(plan))
+    assert plans[0] == plans[1]
+    done = modicum("plan", net, *SHAPE, *LEAN, "--samples", shots / "support.npz")
+    assert done.code == 0 and "weight, bias" in done.out, done.err  # of a linear head
+
+
+def test_a_method_that_looks_at_samples_asks_for_them(modicum, shots):
+    net = f"{shots / 'net.py'}:make"
+    done = modicum("plan", net, *SHAPE, *LEAN)
+    assert done.code == 2 and "TinyTrain has to see samples" in done.err
+    assert "--samples FILE" in done.err
+    sparse = ["--method", "sparse_update", "--set", "biases=1", "--set", 'weights={"0": 0.5}']
+    done = modicum("plan", net, *SHAPE, *sparse)
+    assert done.code == 0, done.err
+    done = modicum("plan", net, *SHAPE, "--method", "last", "--samples", shots / "support.npz")
+    assert done.code == 2 and "last looks at no samples" in done.err
+    wrong = modicum("plan", net, *SHAPE, *LEAN, "--ways", 2, "--samples", shots / "support.npz")
+    assert wrong.code == 1 and "labels must be whole numbers from 0 to 1" in wrong.err
+    missing = modicum("plan", net, *SHAPE, *LEAN, "--ways", 4, "--samples", shots / "support.npz")
+    assert missing.code == 2 and "does not have samples of each of 4 classes" in missing.err
+    both = modicum("plan", "digits", "--classes", 3, "--ways", 3)
+    assert both.code == 2 and "--ways alone" in both.err
+
+
+def test_flags_that_do_not_go_with_a_plan_are_refused(modicum, shots, tmp_path):
+    net, plan = f"{shots / 'net.py'}:make", tmp_path / "plan.json"
+    words = ["adapt", net, "--plan", plan, "--data", shots / "support.npz"]
+    modicum("plan", net, *SHAPE, "--method", "last", "--ways", 3, "--out", plan)
+    for more in (["--epochs", 3], ["--schedule", "cosine"], ["--record"]):
+        done = modicum(*words, *more)
+        assert done.code == 2 and f"{more[0]} does not go with a plan for few-shot" in done.err
+    modicum("plan", net, *SHAPE, "--method", "last", "--out", plan)
+    for more in (["--iterations", 3], ["--prototypes", "fixed"], ["--tune", "translate=0.2"]):
+        done = modicum(*words, *more)
+        assert done.code == 2 and f"{more[0]} does not go with a plan without few-shot" in done.err
+
+
+def test_compare_on_tasks_says_what_it_chose_rates_on_and_goes_on(modicum, shots, tmp_path):
+    net, out = f"{shots / 'net.py'}:make", tmp_path / "out"
+    weights = tmp_path / "w.pt"
+    torch.save(arguments.make_network(net, None, None, ways=2)[0].state_dict(), weights)
+    words = ["compare", net, *SHAPE, "--tasks", 2, "--data", shots / "base.npz", "--methods",
+             "none,last,tinytrain:ram=64KiB,macs_fraction=0.5,transductive", "--lr", "0.01,0.1",
+             "--ways", "2-3", "--shots", 2, "--queries", 3, "--iterations", 2,
+             "--validation-tasks", 2, "--out", out]  # fmt: skip
+    first = modicum(*words, "--meta", weights)
+    assert first.code == 0, first.err
+    assert "rates are chosen on 2 of the 8 classes of" in first.err
+    assert "the tasks are of the others" in first.err
+    assert "2 tasks of base: 2 to 3 ways, 2 shots, 3 queries" in first.out
+    assert "lr: the best on 2 tasks of base (2 classes held back)" in first.out
+    assert "meta-trained: transductive" in first.out and "less as given" in first.out
+    again = modicum(*words, "--meta", weights, "--json")
+    assert "base 0" in first.err and "base 0" not in again.err  # nothing was learned
+    data = json.loads(again.out)
+    assert [r["label"] for r in data["rows"][:4]] == [
+        "none", "last", "tinytrain:ram=64KiB,macs_fraction=0.5", "transductive",
+    ]  # fmt: skip
+    transductive = data["rows"][3]
+    assert (transductive["tune"]["entropy"], transductive["batch"]) == (1.0, 100)
+    assert data["rows"][1]["tune"]["iterations"] == 2 and data["optimizer"]["kind"] == "adam"
+    assert {p.name for p in out.iterdir()} >= {"tasks.json", "tasks.txt", "tasks.svg", "tasks.png"}
+
+
+def test_compare_on_tasks_takes_more_images_and_other_validation_images(modicum, shots, tmp_path):
+    net = f"{shots / 'net.py'}:make"
+    done = modicum("compare", net, *SHAPE, "--tasks", 1, "--data", shots / "photos", "--test",
+                   shots / "base.npz", "--test", shots / "support.npz", "--methods", "last",
+                   "--lr", "0.01,0.1", "--validation", shots / "query.npz", "--ways", 2, "--shots",
+                   2, "--queries", 2, "--iterations", 1, "--validation-tasks", 1, "--json",
+                   "--out", tmp_path / "out")  # fmt: skip
+    assert done.code == 0, done.err
+    data = json.loads(done.out)
+    assert list(data["rows"][0]["accuracies"]) == ["photos", "base", "support"]
+    assert data["validation"] == ["query"] and "rates are chosen" not in done.err
+
+
+BAD_TASKS = {
+    "epochs": (["--epochs", 3], "--epochs goes without --tasks"),
+    "board": (["--board", "nano33ble"], "--board goes without --tasks"),
+    "ways": (["--ways", "a-b"], "--ways a-b is neither a number nor a range"),
+    "order": (["--ways", "5-2"], "ways are (fewest, most)"),
+    "one way": (["--ways", 1], "greater than or equal to 2"),
+    "prototypes": (["--prototypes", "still"], "prototypes: Input should be 'moving'"),
+    "tune": (["--tune", "speed=3"], "speed: Extra inputs"),
+    "rate": (["--lr", "0"], "rates"),
+    "twice": (["--methods", "none,none"], "is there twice"),
+    "classes": (["--ways", 5, "--lr", "0.1,0.2"], "has 8 classes, too few to hold 5 back"),
+    "none's fields": (["--methods", "none:n=1"], "no method is called 'none'"),
+    "the same images": (["--test", "{base}"], "is there twice"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_TASKS.values(), ids=BAD_TASKS)
+def test_compare_on_tasks_refuses_flags_before_it_makes_a_network(
+    modicum, shots, tmp_path, never_a_model, words, message
+):
+    words = [str(w).format(base=shots / "base.npz") for w in words]
+    given = [] if "--methods" in words else ["--methods", "last"]
+    done = modicum("compare", "digits", "--tasks", 2, "--data", shots / "base.npz", "--out",
+                   tmp_path / "out", *given, *words)  # fmt: skip
+    assert done.code == 2 and message in done.err, done.err
+    assert done.out == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--ways", "--iterations", "--validation-tasks"])
+def test_flags_of_tasks_go_with_tasks(modicum, shots, tmp_path, never_a_model, flag):
+    done = modicum("compare", "digits", "--data", shots / "base.npz", "--methods", "last", "--out",
+                   tmp_path / "out", flag, 3)  # fmt: skip
+    assert done.code == 2 and f"{flag} goes with --tasks" in done.err
+    two = modicum("compare", "digits", "--data", shots / "base.npz", "--methods", "last", "--out",
+                  tmp_path / "out", "--test", "a", "--test", "b")  # fmt: skip
+    assert two.code == 2 and "several --test go with --tasks" in two.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--warmup", 100], "epochs of warm-up do not fit"),
+        (["--ways", "5-"], "neither a number nor a range"),
+        (["--norms", "group"], "norms: Input should be 'frozen'"),
+        (["--augment", "mixup"], "no augmentation is called 'mixup'"),
+        (["--rate", "-1"], "rate: Input should be greater"),
+        (["--input", "1x8"], "which is no image"),
+    ],
+)
+def test_metatrain_refuses_flags_before_it_makes_a_network(
+    modicum, shots, tmp_path, never_a_model, words, message
+):
+    done = modicum("metatrain", "digits", "--data", shots / "base.npz", "--out", tmp_path / "out",
+                   *words)  # fmt: skip
+    assert done.code == 2 and message in done.err, done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_several_processes_one_says_what_came_of_it(modicum, shots, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    words = ["metatrain", f"{shots / 'net.py'}:make", *SHAPE, "--data", shots / "base.npz",
+             "--epochs", 1, "--episodes", 1, "--warmup", 0, "--shots", 2, "--queries", 2]  # fmt: skip
+    silent = modicum(*words, "--out", tmp_path / "a")
+    assert (silent.code, silent.out) == (0, "")
+    monkeypatch.setenv("RANK", "0")
+    assert "weights.pt: the weights" in modicum(*words, "--out", tmp_path / "b").out
+
+
 # ---- the other commands ------------------------------------------------------------------------
 
 

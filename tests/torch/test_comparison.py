@@ -310,7 +310,7 @@ def test_labels_lie_neither_on_each_other_nor_on_a_point():
               0.01, int(rng.integers(1, 1e6)), i % 2 == 0)
         for i in range(10)
     ]  # fmt: skip
-    figure = draw(points, 8, 3)
+    figure = draw(points, "accuracy in %", "memory")
     ax = figure.axes[0]
     figure.draw_without_rendering()
     texts = [t for t in ax.texts if t.get_text().startswith("method")]
@@ -331,14 +331,14 @@ def test_labels_lie_neither_on_each_other_nor_on_a_point():
 ], ids=["one", "far apart", "on each other", "odd names"])  # fmt: skip
 def test_odd_points_can_be_drawn(points):
     for suffix in (".svg", ".png"):
-        assert picture(points, 1, 1, suffix)
-    words = "".join(ET.fromstring(picture(points, 1, 1, ".svg")).itertext())
+        assert picture(points, "accuracy in %", "memory", suffix)
+    words = "".join(ET.fromstring(picture(points, "accuracy in %", "memory", ".svg")).itertext())
     assert points[0].label in words
 
 
 def test_the_same_points_are_the_same_bytes_and_other_formats_are_refused(done, tmp_path):
     points = [Point("one", 1024, 0.5, None, 7, True)]
-    assert picture(points, 1, 1, ".svg") == picture(points, 1, 1, ".svg")
+    assert picture(points, "accuracy in %", "memory", ".svg") == picture(points, "accuracy in %", "memory", ".svg")
     with pytest.raises(UsageError, match="not written as"):
         done.result.picture(tmp_path / "a.pdf")
 

@@ -59,7 +59,7 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plan", "capture", "apply", "adapt", "emit", "run"])
+@pytest.mark.parametrize("name", ["plan", "capture", "apply", "adapt", "emit", "run", "observe"])
 def test_a_function_stays_a_function_when_its_module_is_imported(name):
     code = (
         f"import modicum, importlib\nimportlib.import_module('modicum.{name}')\n"

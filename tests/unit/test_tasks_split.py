@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modicum.errors import InvalidInput, UsageError
-from modicum.tasks import Labelled, load, split
+from modicum.tasks import Labelled, load, split, split_classes
 
 
 class Named:
@@ -153,3 +153,35 @@ def test_unseen_drawers_of_omniglot(shared):
     train, test = split(d, (15, 5), by_group=True)
     assert not set(train.group) & set(test.group)
     assert (train.counts == 15).all() and (test.counts == 5).all()
+
+
+@given(st.integers(2, 12), st.data(), st.integers(0, 3))
+def test_whole_classes_are_held_back(classes, data, seed):
+    held = data.draw(st.integers(1, classes - 1))
+    d = dataset(np.arange(3 * classes) % classes)
+    others, back = split_classes(d, held, seed=seed)
+    assert len(back.classes) == held and len(back) == 3 * held
+    assert sorted(others.classes + back.classes) == sorted(d.classes)
+    assert sorted(others.names + back.names) == sorted(d.names)
+    for part in (others, back):
+        assert set(part.labels) == set(range(len(part.classes)))
+        for name, label in zip(part.names, part.labels, strict=True):
+            assert d.classes[d.labels[d.names.index(name)]] == part.classes[label]
+    again = split_classes(dataset((np.arange(3 * classes) % classes)[::-1].copy()), held, seed=seed)
+    assert set(again[1].classes) == set(back.classes)
+
+
+@pytest.mark.parametrize("held", [0, 3, -1])
+def test_no_classes_or_all_cannot_be_held_back(held):
+    with pytest.raises(UsageError, match="cannot be held back"):
+        split_classes(dataset([0, 1, 2]), held)
+
+
+def test_some_classes_of_a_dataset_are_numbered_as_they_are_named():
+    d = dataset([0, 1, 2, 0, 1, 2], group=tuple("abcdef"))
+    part = d.of_classes(("c2", "c0"))
+    assert part.classes == ("c2", "c0")
+    assert part.labels.tolist() == [1, 0, 1, 0] and part.group == tuple("acdf")
+    assert d.of_classes(()).classes == () and len(d.of_classes(())) == 0
+    with pytest.raises(InvalidInput, match="no class 'c7'"):
+        d.of_classes(("c0", "c7"))

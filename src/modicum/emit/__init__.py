@@ -1,22 +1,23 @@
-"""Plan + weights -> a folder of self-contained C99 that predicts and trains on a board."""
+"""Plan or plans + weights -> a folder of self-contained C99 that predicts and trains on a board."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from modicum.data import check_data
-from modicum.emit.schedule import Source, render
+from modicum.emit.candidates import Candidates
+from modicum.emit.sources import candidate_set, one_plan
 from modicum.errors import InvalidInput, UsageError
 from modicum.plan import Plan
 from modicum.state import materialise
-from modicum.units import kib
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,19 +29,27 @@ RESERVED = ("net", "main", "port", "check", "semihost", "startup", "vectors")
 
 def emit(
     model: nn.Module,
-    plan: Plan,
-    out: str | Path,
+    plan: Plan | None = None,
+    out: str | Path | None = None,
     *,
+    plans: Sequence[Plan] | None = None,
     name: str = "model",
     data: tuple[Any, Any] | None = None,
 ) -> Path:
     """Write the C folder of a plan and return its path.
 
+    `plans` in the place of `plan` makes a candidate set: one net that holds all of them, with one
+    arena and each frozen weight once, and that the board switches between (see `Candidates`).
     `name` prefixes every symbol, so that one firmware can hold several nets.  `data` (inputs,
     labels) gives the samples of the check vectors; without it they are random.  The folder is
-    written whole or not at all.  Raises UsageError when `out` exists and is not empty, and
-    InvalidInput when the plan is not for `model`.
+    written whole or not at all.  Raises UsageError when `out` exists and is not empty, or the
+    plans do not belong together, DoesNotFit when their flash does not suffice, and InvalidInput
+    when a plan is not for `model`.
     """
+    if (plan is None) == (plans is None) or out is None:
+        raise UsageError("emit takes a plan or plans, and a folder", hint="emit(model, plan, out)")
+    candidates = Candidates(tuple(plans)) if plans is not None else None
+    every = candidates.plans if candidates else (cast(Plan, plan),)
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name) or name in RESERVED:
         raise UsageError(
             f"{name!r} cannot prefix C symbols", hint="lower-case letters, digits and _"
@@ -50,16 +59,17 @@ def emit(
         raise UsageError(
             f"{target} exists and is not an empty folder", hint="another --out, or empty it first"
         )
-    files = _sources(model, plan, name, data)
+    files = _sources(model, every, candidates, name, data)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".emit-") as scratch:
         made = Path(scratch) / "net"
         _copy_package(made)
         for path, text in files.items():
             (made / path).write_text(text)
-        x, y = _check_samples(plan, data)
+        x, y = max((_check_samples(p, data) for p in every), key=lambda samples: len(samples[0]))
         np.savez(made / "vectors.npz", x=x, y=y)
-        plan.save(made / "plan.json")
+        for i, p in enumerate(every):
+            p.save(made / (f"plan-{i}.json" if candidates else "plan.json"))
         if target.exists():
             target.rmdir()
         shutil.move(str(made), target)
@@ -67,25 +77,22 @@ def emit(
 
 
 def _sources(
-    model: nn.Module, plan: Plan, name: str, data: tuple[Any, Any] | None
+    model: nn.Module,
+    plans: Sequence[Plan],
+    candidates: Candidates | None,
+    name: str,
+    data: tuple[Any, Any] | None,
 ) -> dict[str, str]:
     from modicum.capture import check_model, state_of
 
-    check_model(plan.graph, model)
-    source = Source(plan, name, materialise(plan.program.graph, state_of(model)))
-    source.schedule()  # collects the constants and tables that the text below declares
-    schedule = source.schedule()
-    declarations, definitions = source.weights()
-    return {
-        f"{name}.h": source.header(),
-        f"{name}.c": schedule,
-        f"{name}_weights.h": declarations,
-        f"{name}_weights.c": definitions,
-        "net.h": source.shim(),
-        "net.mk": _settings(plan, name),
-        "vectors.h": _vectors(model, plan, data),
-        "README.md": _readme(plan, name),
-    }
+    check_model(plans[0].graph, model)
+    state = state_of(model)
+    values = {k: v for p in plans for k, v in materialise(p.program.graph, state).items()}
+    if candidates is None:
+        files = one_plan(plans[0], name, values)
+    else:
+        files = candidate_set(candidates, name, values)
+    return {**files, "net.mk": _settings(plans, name), "vectors.h": _vectors(model, plans, data)}
 
 
 def _copy_package(target: Path) -> None:
@@ -101,15 +108,15 @@ def _copy_package(target: Path) -> None:
         (target / item_name).write_text(text)
 
 
-def _settings(plan: Plan, name: str) -> str:
+def _settings(plans: Sequence[Plan], name: str) -> str:
     """net.mk: the RAM of the real chip, as far as the emulated machines have it (4 MB)."""
-    ram = plan.board.ram if plan.board else 4 << 20
-    flash = plan.board.flash if plan.board else 64 << 20
-    mcu = plan.board is not None and plan.board.kind == "mcu"
-    if not mcu:
-        ram, flash = 4 << 20, 64 << 20
+    board = plans[0].board
+    ram, flash = 4 << 20, 64 << 20
+    mcu = board is not None and board.kind == "mcu"
+    if board is not None and mcu:
+        ram, flash = board.ram, board.flash
     ram = min(ram, 4 << 20) // RAM_GRAIN * RAM_GRAIN
-    stack = max(4096, plan.cost.stack) if mcu else 8192
+    stack = max(4096, *(p.cost.stack for p in plans)) if mcu else 8192
     return (
         f"# of the board that the plan is for\nNET = {name}\n"
         f"RAM_LEN = {ram}\nFLASH_LEN = {flash}\nSTACK_LEN = {stack}\n"
@@ -117,39 +124,36 @@ def _settings(plan: Plan, name: str) -> str:
 
 
 def _check_samples(plan: Plan, data: tuple[Any, Any] | None) -> tuple[Any, Any]:
+    """VECTORS different samples, again and again until an update is due."""
     graph = plan.graph
-    n = max(VECTORS, plan.accumulate)
     if data is not None:
-        return check_data(plan, (data[0][:n], data[1][:n]))
-    rng = np.random.default_rng(0)
-    shape = graph.shape(graph.input)[1:]
-    x = rng.standard_normal((n, *shape)).astype(np.float32)
-    outputs = graph.values[graph.output].size
-    if plan.loss == "mse":
-        return x, rng.standard_normal((n, outputs)).astype(np.float32)
-    return x, np.arange(n) % outputs
+        x, y = check_data(plan, (data[0][:VECTORS], data[1][:VECTORS]))
+    else:
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((VECTORS, *graph.shape(graph.input)[1:])).astype(np.float32)
+        outputs = graph.values[graph.output].size
+        mse = plan.loss == "mse"
+        labels = np.arange(VECTORS) % outputs
+        y = rng.standard_normal((VECTORS, outputs)).astype(np.float32) if mse else labels
+    again = np.arange(max(len(x), plan.accumulate)) % len(x)
+    return x[again], y[again]
 
 
-def _vectors(model: nn.Module, plan: Plan, data: tuple[Any, Any] | None) -> str:
+def _vectors(model: nn.Module, plans: Sequence[Plan], data: tuple[Any, Any] | None) -> str:
     """Train in PyTorch on the check samples and write down what it saw."""
     from modicum.emit import reference
-    from modicum.emit.vectors import vectors_header
+    from modicum.emit.vectors import Seen, vectors_header
 
-    x, y = _check_samples(plan, data)
-    trace, logits = reference.trace(model, plan, x, y)
-    if not np.isfinite(trace.losses).all():
-        raise InvalidInput("training on the check samples diverges", hint="a smaller learning rate")
-    return vectors_header(plan, x, y, trace, logits)
+    seen = []
+    for plan in plans:
+        x, y = _check_samples(plan, data)
+        trace, logits = reference.trace(model, plan, x, y)
+        if not np.isfinite(trace.losses).all():
+            raise InvalidInput(
+                "training on the check samples diverges", hint="a smaller learning rate"
+            )
+        seen.append(Seen(plan, x, y, trace, logits))
+    return vectors_header(seen)
 
 
-def _readme(plan: Plan, name: str) -> str:
-    return render(
-        "readme.md.j2",
-        net=name,
-        NET=name.upper(),
-        plan=plan,
-        target="target" if plan.loss == "mse" else "label",
-        arena=kib(plan.cost.arena),
-        stack=kib(plan.cost.stack),
-        weights=kib(plan.cost.flash_weights),
-    )
+__all__ = ["Candidates", "emit"]

@@ -1,7 +1,7 @@
 """What autograd computes for a plan, without `apply`: the check vectors' source.
 
 The prepared graph runs under PyTorch's own autograd, whole parameters and all; only the trained
-slices move.  A sign mask is the one derivative that is not autograd's.
+slices move.  The derivatives that are not autograd's are those of sign masks and probes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from modicum.trace import Trace
 
 
 def trace(model: nn.Module, plan: Plan, x: Any, y: Any) -> tuple[Trace, list[Any]]:
-    """Train on the samples in order; also the outputs before each step."""
+    """Train on the samples in order; also the outputs before each step.
+
+    Prototypes are the sums of the samples' features, by label (0 where there are targets).
+    """
     program = plan.program
     values = materialise(program.graph, state_of(model))
     params = {name: torch.from_numpy(value.copy()) for name, value in values.items()}
@@ -31,6 +34,8 @@ def trace(model: nn.Module, plan: Plan, x: Any, y: Any) -> tuple[Trace, list[Any
         params[name].requires_grad_()
     optimizer = _optimizer(plan, params)
     masks = {name: _mask(params[name], s) for name, s in slices.items()}
+    if program.refresh is not None:
+        _refresh(plan, params, x, [0] * len(x) if plan.loss == "mse" else y)
     result = Trace(where="torch", plan_hash=plan.hash, order=list(range(len(x))))
     seen: list[Any] = []
     recorded: dict[str, list[Any]] = {t.param: [] for t in program.learned}
@@ -59,17 +64,50 @@ def trace(model: nn.Module, plan: Plan, x: Any, y: Any) -> tuple[Trace, list[Any
     return result, seen
 
 
+def _refresh(plan: Plan, params: dict[str, Tensor], x: Any, labels: Any) -> None:
+    head = plan.program.graph.by_name[plan.program.graph.output]
+    prototypes = params[head.params["prototypes"]].zero_()
+    for i, label in enumerate(labels):
+        sample = torch.from_numpy(np.asarray(x[i : i + 1]))
+        with torch.no_grad():
+            features = _values(plan, params, sample, training=False)[head.inputs[0]]
+        prototypes[int(label)] += features[0]
+
+
 def _forward(plan: Plan, params: dict[str, Tensor], x: Tensor, training: bool) -> Tensor:
+    return _values(plan, params, x, training)[plan.program.graph.output]
+
+
+def _values(plan: Plan, params: dict[str, Tensor], x: Tensor, training: bool) -> dict[str, Tensor]:
     graph = plan.program.graph
     values = {graph.input: x}
     for node in graph.nodes:
         inputs = [values[v] for v in node.inputs]
         p = {role: params[name] for role, name in node.params.items()}
         values[node.name] = _run(node, inputs, p, training)
-    return values[graph.output]
+    return values
+
+
+class _Probe(torch.autograd.Function):
+    """The identity; the gradient of `score` is the Fisher information of each channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, score: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        (x,) = ctx.saved_tensors
+        channel = 1 if x.dim() == 4 else x.dim() - 1
+        rest = [d for d in range(1, x.dim()) if d != channel]
+        inner = (x * g).sum(rest) if rest else x * g
+        return g, inner.square().sum(0) / 2
 
 
 def _run(node: Node, inputs: list[Tensor], p: dict[str, Tensor], training: bool) -> Tensor:
+    if node.op == "probe":
+        return _Probe.apply(inputs[0], p["fisher"])
     if node.op == "batch_stat_norm" and training:
         norm = (p["mean"], p["var"], p["weight"], p["bias"], True)
         return nn.functional.batch_norm(
@@ -95,8 +133,7 @@ def _mask(p: Tensor, s: Any) -> Tensor:
 
 def _optimizer(plan: Plan, params: dict[str, Tensor]) -> torch.optim.Optimizer:
     o = plan.optimizer
-    rates = {u.param: u.rates[0] for u in plan.selection.updates}
-    groups = [{"params": [params[n]], "lr": o.lr * r} for n, r in rates.items()]
+    groups = [{"params": [params[t.param]], "lr": o.lr * t.rate} for t in plan.program.trained]
     if isinstance(o, Adam):
         return torch.optim.Adam(groups, o.lr, o.betas, o.eps, weight_decay=o.weight_decay)
     return torch.optim.SGD(groups, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import json
 import math
 import os
@@ -23,7 +25,7 @@ from modicum.graph import Frozen
 from modicum.heads import FewShot
 from modicum.meta.protonet import ProtoNet, ProtoNetLoss
 from modicum.tasks import Augment, FixedEpisodes, Labelled, Preprocess, Task, draw_task, take
-from modicum.units import percent
+from modicum.units import duration, percent
 
 Rate = Annotated[float, Field(ge=0, lt=float("inf"))]
 VALIDATION_SEED = 2_718_281
@@ -89,6 +91,14 @@ class MetaTrace(Frozen):
     best: int
     seconds: float
 
+    def __str__(self) -> str:
+        text = f"{len(self.losses)} epochs in {duration(self.seconds)}, "
+        text += f"loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}"
+        if self.validation:
+            held = percent(self.validation[self.best])
+            text += f"; kept: epoch {self.best + 1}, validation accuracy {held}"
+        return text
+
 
 def metatrain(
     net: FewShot,
@@ -108,10 +118,9 @@ def metatrain(
     GPUs).  Raises InvalidInput for a checkpoint of another training.
     """
     config = config or MetaTrain()
-    folder = Path(out)
-    with _processes() as (rank, world):
-        run = _Run(net, dataset, preprocess, config, folder, validation, rank, world, progress)
-        return run.train()
+    rank, world = _processes(next(net.parameters()).device)
+    run = _Run(net, dataset, preprocess, config, Path(out), validation, rank, world, progress)
+    return run.train()
 
 
 class _Run:
@@ -147,24 +156,28 @@ class _Run:
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.seconds = 0.0
-        self.inputs = {
+        self.inputs: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
             "preprocess": preprocess.model_dump(mode="json"),
-            "classes": dataset.classes,
-            "images": len(dataset),
+            "data": _fingerprint(dataset),
+            "validation": None if validation is None else _fingerprint(validation),
             "processes": world,
-            "parameters": {k: list(v.shape) for k, v in net.backbone.state_dict().items()},
+            "weights": _weights_hash(net.backbone),
         }
         self.inputs = json.loads(json.dumps(self.inputs))
 
     def train(self) -> MetaTrace:
         self.folder.mkdir(parents=True, exist_ok=True)
-        draw_task(self.dataset, self.config.episode, seed=0, index=0)  # says now what does not fit
+        for dataset in (self.dataset, self.validation):  # says now what does not fit
+            if dataset is not None:
+                draw_task(dataset, self.config.episode, seed=0, index=0)
         self.resume()
         board = _tensorboard(self.folder) if self.rank == 0 else None
         for epoch in range(len(self.log), self.config.epochs):
             start = time.perf_counter()
-            entry = self.epoch(epoch)
+            with self.own_draws(epoch):
+                entry = self.epoch(epoch)
+            self.share_buffers()
             if self.validation is not None:
                 entry["validation"] = self.validate()
             self.seconds += time.perf_counter() - start
@@ -178,6 +191,8 @@ class _Run:
                 for key, value in entry.items():
                     if board is not None and key != "epoch":
                         board.add_scalar(key, value, epoch)
+        if board is not None:
+            board.close()
         self.loss.load_state_dict(self.best)
         self.loss.write_to(self.net)
         if self.rank == 0:
@@ -255,6 +270,20 @@ class _Run:
         dist.all_reduce(t)
         return [v / self.world for v in t.tolist()]
 
+    @contextmanager
+    def own_draws(self, epoch: int) -> Iterator[None]:
+        """What PyTorch draws in an epoch, for dropout, depends on nothing before it."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(hash((self.config.seed, epoch, self.rank)) % (1 << 63))
+            yield
+
+    def share_buffers(self) -> None:
+        """Statistics that norms followed are those of the first process for all."""
+        if self.world > 1:
+            for buffer in self.loss.buffers():
+                dist.broadcast(buffer, 0)
+
     # ---- files ----
 
     def save(self) -> None:
@@ -276,14 +305,16 @@ class _Run:
             return
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            same = state["inputs"] == self.inputs
-        except Exception as error:
+            known = {**state["inputs"]}
+            log, best, seconds = list(state["log"]), dict(state["best"]), float(state["seconds"])
+        except Exception as error:  # whatever unpickling meets
             raise InvalidInput(
-                f"cannot read {path}", why=str(error), hint="another --out, or delete it"
+                f"cannot read {path}",
+                why=(str(error).strip() or type(error).__name__).splitlines()[0],
+                hint="another --out, or delete it",
             ) from None
-        if not same:
-            known, given = state["inputs"], self.inputs
-            odd = [k for k in given if known.get(k) != given[k]]
+        if known != self.inputs:
+            odd = [k for k, given in self.inputs.items() if known.get(k) != given]
             raise InvalidInput(
                 f"{path} is of another training",
                 why=f"what differs: {', '.join(odd)}",
@@ -291,7 +322,7 @@ class _Run:
             )
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.log, self.best, self.seconds = state["log"], state["best"], state["seconds"]
+        self.log, self.best, self.seconds = log, best, seconds
         if self.progress:
             print(f"goes on after epoch {len(self.log)} of {path}", file=sys.stderr, flush=True)
 
@@ -307,21 +338,40 @@ class _Run:
             )
 
 
-@contextmanager
-def _processes() -> Iterator[tuple[int, int]]:
-    """(rank, world size), with the process group that torchrun describes."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or dist.is_initialized():
-        ready = dist.is_initialized()
-        yield (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
-        return
-    if "MASTER_ADDR" not in os.environ:
-        raise UsageError("WORLD_SIZE is set, MASTER_ADDR is not", hint="torchrun sets both")
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size()
-    finally:
+def _processes(device: torch.device) -> tuple[int, int]:
+    """(rank, world size), with the process group that torchrun describes.
+
+    A group is made once and kept for the next training: one that is made again would meet what the
+    first has left in the store.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if "MASTER_ADDR" not in os.environ:
+            raise UsageError("WORLD_SIZE is set, MASTER_ADDR is not", hint="torchrun sets both")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _fingerprint(dataset: Labelled) -> dict[str, Any]:
+    """What a dataset is, without decoding all of it: names, labels, an image of each class."""
+    digest = hashlib.sha256(json.dumps([dataset.classes, dataset.names]).encode())
+    digest.update(np.ascontiguousarray(dataset.labels, "<i8").tobytes())
+    for first in np.unique(dataset.labels, return_index=True)[1]:
+        digest.update(np.ascontiguousarray(dataset.image(int(first))).tobytes())
+    return {"images": len(dataset), "sha256": digest.hexdigest()}
+
+
+def _weights_hash(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
+    return digest.hexdigest()
 
 
 def _write(path: Path, data: Any) -> None:

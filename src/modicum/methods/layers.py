@@ -8,6 +8,7 @@ from functools import cached_property
 from modicum.blocks import ACTIVATIONS, find_blocks
 from modicum.errors import UsageError
 from modicum.graph import Graph, Node
+from modicum.methods.base import Observed
 from modicum.ops import OPS
 from modicum.ops.base import Wanted
 from modicum.ops.conv2d import is_depthwise
@@ -54,6 +55,20 @@ class Layer:
         """Of a forward pass."""
         return OPS[self.node.op].macs(self.graph, self.node, Wanted((False,))).forward
 
+    def norms(self, seen: Observed, axis: str) -> tuple[float, ...]:
+        """L2 norms of the channels that `channels` counts.
+
+        Raises UsageError unless they were observed, of a weight of this shape.
+        """
+        norms = seen.norms.get(self.weight, ((), ()))
+        if tuple(map(len, norms)) != self.shape[:2]:
+            raise UsageError(
+                f"no norms of {self.weight} were observed",
+                why="what was observed is of another model",
+                hint="plan(..., samples=observe(model, graph, method))",
+            )
+        return norms[0 if axis == "out" or self.depthwise else 1]
+
     def channels(self, axis: str) -> int:
         """How many there are to choose from; a depthwise layer has its channels on either axis."""
         return self.shape[0 if axis == "out" or self.depthwise else 1]
@@ -70,12 +85,15 @@ class Layer:
 
 
 def layers(graph: Graph) -> list[Layer]:
-    """All convolutions and linear layers with a weight that can be trained, in order."""
+    """All convolutions and linear layers with a weight of their own to train, in order."""
     return [_layer(graph, n) for n in graph.nodes if _is_layer(graph, n)]
 
 
 def _is_layer(graph: Graph, node: Node) -> bool:
-    return node.op in ("conv2d", "linear") and graph.params[node.params["weight"]].trainable
+    if node.op not in ("conv2d", "linear"):
+        return False
+    weight = node.params["weight"]
+    return graph.params[weight].trainable and len(graph.users_of(weight)) == 1
 
 
 def _layer(graph: Graph, node: Node) -> Layer:
@@ -100,24 +118,32 @@ def _layer(graph: Graph, node: Node) -> Layer:
 
 
 def head_of(graph: Graph) -> Layer | None:
-    """The linear layer that makes the output, if there is one; a cosine head is not trained."""
-    last = graph.by_name.get(graph.output)
-    return _layer(graph, last) if last and last.op == "linear" and _is_layer(graph, last) else None
+    """The linear layer that makes the output, if there is one; a cosine head is not trained.
 
-
-def last_layers(graph: Graph, blocks: int) -> list[Layer]:
-    """The layers of the last `blocks` inverted residual blocks and of all that follows them.
-
-    Without such blocks, three layers for each.  The linear layer that makes the output is not
-    among them.  Raises UsageError for a model without layers.
+    A norm or activation may follow it.
     """
-    found = [x for x in layers(graph) if x.node.name != graph.output]
+    last = [x for x in layers(graph) if x.value == graph.output]
+    return last[-1] if last and last[-1].node.op == "linear" else None
+
+
+def inner_layers(graph: Graph) -> list[Layer]:
+    """All but the linear layer that makes the output; raises UsageError where there is none."""
+    found = [x for x in layers(graph) if x.value != graph.output]
     if not found:
         raise UsageError(
             "the model has no convolution or linear layer before its output",
             why=f"its operators are {', '.join(dict.fromkeys(n.op for n in graph.nodes))}",
             hint="the method last trains the head alone",
         )
+    return found
+
+
+def last_layers(graph: Graph, blocks: int) -> list[Layer]:
+    """The inner layers of the last `blocks` inverted residual blocks and of all that follows them.
+
+    Without such blocks, three layers for each.
+    """
+    found = inner_layers(graph)
     known = find_blocks(graph)
     if not known:
         return found[-PER_BLOCK * blocks :]

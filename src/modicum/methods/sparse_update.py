@@ -11,7 +11,7 @@ from modicum.errors import UsageError
 from modicum.graph import Graph
 from modicum.methods.base import Limits, Method, Observed, ObservingMethod
 from modicum.methods.last import Last
-from modicum.methods.layers import Layer, head_of, layers
+from modicum.methods.layers import Layer, head_of, inner_layers
 from modicum.selection import Selection, Slice, Update
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -82,8 +82,7 @@ class SparseUpdate(ObservingMethod):
         return self
 
     def select_for(self, graph: Graph, seen: Observed, limits: Limits) -> Selection:
-        head = head_of(graph)
-        found = [x for x in layers(graph) if head is None or x.node.name != head.node.name]
+        head, found = head_of(graph), inner_layers(graph)
         biases, shares = self._resolved(found)
         updates: dict[str, Update] = {}
         for layer in found[len(found) - biases :] if biases else []:
@@ -125,12 +124,7 @@ class SparseUpdate(ObservingMethod):
         return self.biases, shares
 
     def _best(self, layer: Layer, seen: Observed, k: int) -> tuple[int, ...]:
-        if layer.weight not in seen.norms:
-            raise UsageError(
-                f"no norms of {layer.weight} were observed",
-                hint="plan(..., samples=observe(model, graph, method))",
-            )
-        scores = seen.norms[layer.weight][0 if self.axis == "out" or layer.depthwise else 1]
+        scores = layer.norms(seen, self.axis)
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
         return tuple(sorted(order[:k]))
 

@@ -174,7 +174,14 @@ class Comparison(Frozen):
             )
             for row in self.rows
         ]
-        write(Path(path), picture(points, self.budget.batch, len(self.seeds), Path(path).suffix))
+        seeds = len(self.seeds)
+        spread = f", mean of {seeds} seeds with its 95 % interval" if seeds > 1 else ""
+        axis = (
+            f"memory that training adds in KiB: saved for a batch of {self.budget.batch}, "
+            "gradients, optimiser state"
+        )
+        title = f"test accuracy in %{spread}"
+        write(Path(path), picture(points, title, axis, Path(path).suffix))
 
     def save(self, folder: Path) -> None:
         """Write comparison.json, .txt, .svg and .png."""

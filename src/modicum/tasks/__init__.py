@@ -9,9 +9,10 @@ The public names, and nothing else, are for other modules::
 
     Labelled: .labels (n,) int64   .classes tuple[str, ...]   .group tuple[str, ...] | None
               .names tuple[str, ...]   .counts (classes,) int64   len()   .image(i) (h, w, c)
-              .subset(indices) -> Labelled
+              .subset(indices) -> Labelled   .of_classes(names) -> Labelled
 
     split(dataset, parts, *, seed=0, stratified=True, by_group=False) -> tuple[Labelled, ...]
+    split_classes(dataset, held, *, seed=0) -> tuple[others, held]      # whole classes
 
     Preprocess(size, mean, std, resize=None, interpolation="bilinear")   .shape == (c, h, w)
     Augment(crop="resized", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), pad=4, flip=True)
@@ -63,7 +64,7 @@ from modicum.tasks.episodes import (
 from modicum.tasks.labelled import Labelled, check, same_classes
 from modicum.tasks.pseudo import PseudoQuery, pseudo_query
 from modicum.tasks.reading import load
-from modicum.tasks.splitting import split
+from modicum.tasks.splitting import split, split_classes
 
 __all__ = [
     "Augment",
@@ -85,6 +86,7 @@ __all__ = [
     "pseudo_query",
     "same_classes",
     "split",
+    "split_classes",
     "steps",
     "take",
     "tasks",

@@ -94,6 +94,20 @@ class Labelled:
         group = None if self.group is None else tuple(self.group[i] for i in at)
         return replace(self, index=self.index[at], labels=self.labels[at], group=group)
 
+    def of_classes(self, names: Sequence[str]) -> Labelled:
+        """The items of these classes, in the same order; label k is ``names[k]``.
+
+        Raises InvalidInput for a class that there is not.
+        """
+        unknown = [name for name in names if name not in self.classes]
+        if unknown:
+            raise InvalidInput(f"there is no class {unknown[0]!r}", where=_some(self.classes))
+        number = np.full(len(self.classes), -1, np.int64)
+        for k, name in enumerate(names):
+            number[self.classes.index(name)] = k
+        part = self.subset(number[self.labels] >= 0)
+        return replace(part, labels=number[part.labels], classes=tuple(names))
+
 
 @dataclass(eq=False)
 class Kept:

@@ -1,4 +1,4 @@
-"""`split`: parts of a dataset that never overlap and are the same on every machine."""
+"""`split` and `split_classes`: parts that never overlap and are the same on every machine."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ def split(
     made = tuple(dataset.subset(np.flatnonzero(part_of == k)) for k in range(len(parts)))
     _complete(dataset, made, stratified)
     return made
+
+
+def split_classes(dataset: Labelled, held: int, *, seed: int = 0) -> tuple[Labelled, Labelled]:
+    """Divide the classes of a dataset: (the others, `held` of them), each with labels from 0 on.
+
+    A hash of seed and class name decides.  Raises UsageError where nothing would be left.
+    """
+    if not 0 < held < len(dataset.classes):
+        raise UsageError(f"{held} of {len(dataset.classes)} classes cannot be held back")
+    drawn = set(sorted(dataset.classes, key=lambda name: _hash(seed, name))[:held])
+    others, kept = ([n for n in dataset.classes if (n in drawn) is k] for k in (False, True))
+    return dataset.of_classes(others), dataset.of_classes(kept)
 
 
 def _sensible(parts: Sequence[Part]) -> None:

@@ -43,9 +43,14 @@ void mo_cosine_dx(float *dx, const float *dy, const float *x, const float *proto
   }
 }
 
-void mo_prototype_add(float *prototypes, const float *x, int32_t label, int32_t features) {
+int mo_prototype_add(float *prototypes, const float *x, int32_t label, int32_t features) {
   float *c = prototypes + label * features;
+  for (int32_t j = 0; j < features; j++) {
+    const float sum = c[j] + x[j];
+    if (!mo_all_finite(&sum, 1)) return 0;
+  }
   for (int32_t j = 0; j < features; j++) c[j] += x[j];
+  return 1;
 }
 
 void mo_fisher(float *score, const float *dy, const float *x, int32_t pixels, int32_t c,

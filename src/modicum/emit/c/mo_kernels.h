@@ -219,8 +219,8 @@ void mo_cosine_forward(float *y, const float *x, const float *prototypes, const 
                        const float *bias, int32_t features, int32_t ways);
 void mo_cosine_dx(float *dx, const float *dy, const float *x, const float *prototypes,
                   const float *scale, int32_t features, int32_t ways, int accumulate);
-/* prototype `label` += x */
-void mo_prototype_add(float *prototypes, const float *x, int32_t label, int32_t features);
+/* prototype `label` += x; returns 0, and adds nothing, where a sum is not finite */
+int mo_prototype_add(float *prototypes, const float *x, int32_t label, int32_t features);
 /* score[j] = (sum over pixels of dy[j] * x[j])^2 / 2 */
 void mo_fisher(float *score, const float *dy, const float *x, int32_t pixels, int32_t c,
                int accumulate);

@@ -11,15 +11,17 @@ extern "C" {
 
 enum {
   MO_OK = 0,
-  MO_E_INIT = -1,    /* the net was not initialised */
-  MO_E_INPUT = -2,   /* an input or a target is not finite */
-  MO_E_LABEL = -3,   /* the label is out of range */
-  MO_E_LOSS = -4,    /* the loss is not finite; nothing was updated */
-  MO_E_LENGTH = -5,  /* the blob has the wrong length */
-  MO_E_FORMAT = -6,  /* not a state blob of this version */
-  MO_E_PLAN = -7,    /* a blob of another plan */
-  MO_E_CRC = -8,     /* the blob is damaged */
-  MO_E_VALUE = -9    /* the blob holds values that no training can reach */
+  MO_E_INIT = -1,      /* the net was not initialised */
+  MO_E_INPUT = -2,     /* an input or a target is not finite */
+  MO_E_LABEL = -3,     /* the label is out of range */
+  MO_E_LOSS = -4,      /* the loss is not finite; nothing was updated */
+  MO_E_LENGTH = -5,    /* the blob has the wrong length */
+  MO_E_FORMAT = -6,    /* not a state blob of this version */
+  MO_E_PLAN = -7,      /* a blob of another plan */
+  MO_E_CRC = -8,       /* the blob is damaged */
+  MO_E_VALUE = -9,     /* the blob holds values that no training can reach */
+  MO_E_FEATURES = -10, /* the features of a sample are not finite; no prototype changed */
+  MO_E_MEMBER = -11    /* there is no such member of the set */
 };
 
 const char *mo_status_text(int status);

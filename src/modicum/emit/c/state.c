@@ -21,6 +21,8 @@ const char *mo_status_text(int status)
   case MO_E_PLAN: return "the state belongs to another plan";
   case MO_E_CRC: return "the state is damaged";
   case MO_E_VALUE: return "the state holds values that no training can reach";
+  case MO_E_FEATURES: return "the features are not finite; no prototype changed";
+  case MO_E_MEMBER: return "there is no such member";
   default: return "unknown status";
   }
 }

@@ -8,7 +8,7 @@
 static mo_net_t net PORT_NET_SECTION;
 static float logits[MO_NET_OUTPUTS];
 
-static int32_t tensors_compared;
+static int32_t steps_compared, tensors_compared;
 static float largest; /* difference / scale, over everything compared */
 
 static float magnitude(float x)
@@ -27,7 +27,13 @@ static float largest_magnitude(const float *x, int32_t n)
 
 static void print_place(int32_t step, const char *tensor)
 {
-  port_print(PORT_ERR, "check: step ");
+  port_print(PORT_ERR, "check: ");
+#if MO_NET_MEMBERS > 0
+  port_print(PORT_ERR, "member ");
+  port_print_i32(PORT_ERR, mo_net_selected(&net));
+  port_print(PORT_ERR, ", ");
+#endif
+  port_print(PORT_ERR, "step ");
   port_print_i32(PORT_ERR, step);
   port_print(PORT_ERR, ", ");
   port_print(PORT_ERR, tensor);
@@ -133,22 +139,43 @@ static int check_step(int32_t step, const mo_check_step_t *expected)
   return code;
 }
 
+/* The initial state of a member, and prototypes of its samples. */
+static int prepare(int32_t index, const mo_check_member_t *member)
+{
+#if MO_NET_MEMBERS > 0
+  int status = mo_net_select(&net, index);
+#else
+  (void)index;
+  int status = mo_net_init(&net);
+#endif
+#if MO_NET_PROTOTYPES
+  status = status == 0 ? mo_net_prototypes_clear(&net) : status;
+  for (int32_t step = 0; status == 0 && step < member->step_count; step++) {
+    status = mo_net_prototypes_add(&net, member->steps[step].input, member->steps[step].label);
+  }
+#else
+  (void)member;
+#endif
+  return status == 0 ? PORT_OK : fail(0, "init", status);
+}
+
 int main(int argc, char **argv)
 {
   (void)argc;
   (void)argv;
-  const int status = mo_net_init(&net);
-  if (status != 0) {
-    return fail(0, "init", status);
-  }
-  for (int32_t step = 0; step < MO_CHECK_STEPS; step++) {
-    const int code = check_step(step, &mo_check_steps[step]);
+  for (int32_t index = 0; index < MO_CHECK_MEMBERS; index++) {
+    const mo_check_member_t *member = &mo_check_members[index];
+    int code = prepare(index, member);
+    for (int32_t step = 0; code == PORT_OK && step < member->step_count; step++) {
+      code = check_step(step, &member->steps[step]);
+      steps_compared++;
+    }
     if (code != PORT_OK) {
       return code;
     }
   }
   port_print(PORT_OUT, "ok: ");
-  port_print_i32(PORT_OUT, MO_CHECK_STEPS);
+  port_print_i32(PORT_OUT, steps_compared);
   port_print(PORT_OUT, " steps, ");
   port_print_i32(PORT_OUT, tensors_compared);
   port_print(PORT_OUT, " tensors, largest difference ");

@@ -1,8 +1,8 @@
 /* The test vectors that vectors.h holds: what PyTorch saw when it trained the same net on the same
    samples.  vectors.h is generated; it includes this file and defines
 
-     static const mo_check_step_t mo_check_steps[MO_CHECK_STEPS]
-     #define MO_CHECK_STEPS      n
+     static const mo_check_member_t mo_check_members[MO_CHECK_MEMBERS]
+     #define MO_CHECK_MEMBERS    n          1, or the members of a candidate set
      #define MO_CHECK_TOLERANCE  1e-4f      the largest |difference| / scale that passes */
 #ifndef MO_CHECK_H
 #define MO_CHECK_H
@@ -30,5 +30,10 @@ typedef struct {
   int32_t tensor_count;
   const mo_check_tensor_t *tensors;
 } mo_check_step_t;
+
+typedef struct {
+  int32_t step_count;
+  const mo_check_step_t *steps;
+} mo_check_member_t;
 
 #endif

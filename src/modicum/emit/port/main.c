@@ -10,19 +10,24 @@
             0 predict, 1 train   targets[n_targets] inputs[n_inputs]    (predict ignores targets)
             2 export state       nothing
             3 import state       length, blob padded with zeros to 4 bytes
+            4 clear prototypes   nothing
+            5 add to prototype   as train; the label's
+            6 select             nothing; the label is the member's index
    trace  header   'MOTR' 1 n_outputs n_trained arena_planned flags
           record   kind status loss elapsed, then by kind
             0                    logits[n_outputs], only if status is 0
             1                    trained[n_trained], only with JOB_PARAMETERS
             2                    length, blob padded with zeros to 4 bytes, only if status is 0
-            3                    nothing
+            3, 4, 5              nothing
+            6                    n_trained of the member, only if status is 0
           trailer  'MOND' arena_high_water stack_high_water stack_size data bss net records status
                    peak_rss
 
-   `elapsed` covers the call of mo_net_train or mo_net_predict and about 14 instructions around it:
-   on a board executed instructions, on the host microseconds.  `net` is the size of the net's state
-   with the guard behind it, `records` how many were carried out, `status` the exit code, `peak_rss` that of the host's process in KiB.  A sample
-   is read straight into the arena, so that no second copy costs RAM. */
+   `elapsed` covers the call of mo_net_train, _predict or _prototypes_add and about 14 instructions
+   around it: on a board executed instructions, on the host microseconds.  `net` is the size of the
+   net's state with the guard behind it, `records` how many were carried out, `status` the exit code,
+   `peak_rss` that of the host's process in KiB.  A sample is read straight into the arena, so that no
+   second copy costs RAM. */
 #include "net.h"
 #include "port.h"
 
@@ -37,7 +42,15 @@
 #define MO_PORT_STATE
 #endif
 
-enum { JOB_PREDICT = 0, JOB_TRAIN = 1, JOB_EXPORT = 2, JOB_IMPORT = 3 };
+enum {
+  JOB_PREDICT = 0,
+  JOB_TRAIN = 1,
+  JOB_EXPORT = 2,
+  JOB_IMPORT = 3,
+  JOB_CLEAR = 4,
+  JOB_ADD = 5,
+  JOB_SELECT = 6
+};
 
 /* flags of a job, repeated in its trace */
 #define JOB_PARAMETERS 1u /* every train record also writes all trained parameters */
@@ -124,6 +137,16 @@ static int read_header(job_header_t *job)
   return PORT_OK;
 }
 
+static uint32_t count_trained(const mo_net_t *net)
+{
+  uint32_t sum = 0;
+  int32_t count = 0;
+  for (int32_t i = 0; mo_net_trained(net, i, &count) != NULL; i++) {
+    sum += (uint32_t)count;
+  }
+  return sum;
+}
+
 static int write_header(uint32_t job_flags)
 {
   uint32_t flags = job_flags;
@@ -133,29 +156,23 @@ static int write_header(uint32_t job_flags)
 #if defined(MO_PORT_PARITY)
   flags |= TRACE_PARITY;
 #endif
-  const uint32_t header[6] = {TRACE_MAGIC,    FORMAT_VERSION, MO_NET_OUTPUTS,
-                              MO_NET_TRAINED, MO_NET_ARENA,   flags};
+  const uint32_t header[6] = {TRACE_MAGIC,  FORMAT_VERSION, MO_NET_OUTPUTS,
+                              count_trained(&guarded.net), MO_NET_ARENA, flags};
   return put(header, sizeof header);
 }
 
 static int write_trained(const mo_net_t *net)
 {
-  uint32_t written = 0;
+  int code = PORT_OK;
   int32_t count = 0;
   const float *slice;
-  for (int32_t i = 0; (slice = mo_net_trained(net, i, &count)) != NULL; i++) {
-    int code = put(slice, (size_t)count * sizeof *slice);
-    if (code != PORT_OK) {
-      return code;
-    }
-    written += (uint32_t)count;
+  for (int32_t i = 0; code == PORT_OK && (slice = mo_net_trained(net, i, &count)) != NULL; i++) {
+    code = put(slice, (size_t)count * sizeof *slice);
   }
-  return written == MO_NET_TRAINED
-             ? PORT_OK
-             : complain(PORT_FAILED, "net: the trained slices do not add up to MO_NET_TRAINED");
+  return code;
 }
 
-/* One predict or train record; its kind and label have been read. */
+/* One record with a sample; its kind and label have been read. */
 static int run_sample(uint32_t kind, int32_t label, uint32_t record, uint32_t flags)
 {
   mo_net_t *net = &guarded.net;
@@ -174,6 +191,10 @@ static int run_sample(uint32_t kind, int32_t label, uint32_t record, uint32_t fl
   const uint32_t start = port_ticks();
   if (kind == JOB_PREDICT) {
     status = mo_net_predict(net, input, logits);
+#if MO_NET_PROTOTYPES
+  } else if (kind == JOB_ADD) {
+    status = mo_net_prototypes_add(net, input, label);
+#endif
   } else {
 #if MO_NET_TARGETS > 0
     (void)label;
@@ -194,6 +215,37 @@ static int run_sample(uint32_t kind, int32_t label, uint32_t record, uint32_t fl
   }
   return code;
 }
+
+#if MO_NET_PROTOTYPES
+static int clear_prototypes(void)
+{
+  const int status = mo_net_prototypes_clear(&guarded.net);
+  const trace_record_t result = {JOB_CLEAR, (uint32_t)status, 0.0f, 0};
+  return put(&result, sizeof result);
+}
+#endif
+
+static void paint(uint32_t flags)
+{
+  if ((flags & JOB_PAINT) != 0u) {
+    memset(&guarded, (int)PORT_PAINT, sizeof guarded);
+  }
+}
+
+#if MO_NET_MEMBERS > 0
+/* The arena is painted again, so that what is measured is the member's own. */
+static int select_member(int32_t index, uint32_t flags)
+{
+  if (index >= 0 && index < MO_NET_MEMBERS) {
+    paint(flags);
+  }
+  const int status = mo_net_select(&guarded.net, index);
+  const trace_record_t result = {JOB_SELECT, (uint32_t)status, 0.0f, 0};
+  const int code = put(&result, sizeof result);
+  const uint32_t trained = count_trained(&guarded.net);
+  return code == PORT_OK && status == 0 ? put(&trained, sizeof trained) : code;
+}
+#endif
 
 #if defined(MO_PORT_STATE)
 /* A little longer than a blob, so that too long a blob can be tried as well. */
@@ -242,9 +294,18 @@ static int run_record(uint32_t record, uint32_t flags)
     return complain_record(PORT_FAILED, record, " is missing");
   }
   switch (head[0]) {
+#if MO_NET_PROTOTYPES
+  case JOB_CLEAR:
+    return clear_prototypes();
+  case JOB_ADD:
+#endif
   case JOB_PREDICT:
   case JOB_TRAIN:
     return run_sample(head[0], (int32_t)head[1], record, flags);
+#if MO_NET_MEMBERS > 0
+  case JOB_SELECT:
+    return select_member((int32_t)head[1], flags);
+#endif
 #if defined(MO_PORT_STATE)
   case JOB_EXPORT:
     return export_state();
@@ -296,14 +357,12 @@ static int write_trailer(uint32_t flags, uint32_t records, int code)
 
 static int run_job(const job_header_t *job)
 {
-  if ((job->flags & JOB_PAINT) != 0u) {
-    memset(&guarded, (int)PORT_PAINT, sizeof guarded);
-  }
+  paint(job->flags);
+  const int status = mo_net_init(&guarded.net);
   int code = write_header(job->flags);
   if (code != PORT_OK) {
     return code;
   }
-  const int status = mo_net_init(&guarded.net);
   if (status != 0) {
     port_print(PORT_ERR, "net: init: ");
     code = complain(PORT_FAILED, mo_net_error(status));

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from modicum.errors import UsageError
 from modicum.report.palette import PALETTE
 from modicum.report.tables import Numbers
 
@@ -39,6 +42,8 @@ STYLE = {
     "svg.hashsalt": "modicum",  # the same report has the same bytes
     "text.parse_math": False,  # a $ in a name is a $
 }
+SUFFIXES = (".svg", ".png")
+DPI = 160
 KEYS: dict[str, float] = {"handlelength": 0.9, "handleheight": 0.9, "borderpad": 0}
 
 
@@ -52,6 +57,29 @@ def axes(figure: Any, left: float, bottom: float, right: float, top: float) -> A
     """Axes with margins in inches."""
     w, h = figure.get_size_inches()
     return figure.add_axes((left / w, bottom / h, (w - left - right) / w, (h - bottom - top) / h))
+
+
+def as_file(draw: Callable[[], Any], suffix: str) -> bytes:
+    """A figure as a file of its own, in our style whatever the user's is.
+
+    Raises UsageError for a suffix other than .svg and .png.
+    """
+    import matplotlib
+
+    if suffix not in SUFFIXES:
+        raise UsageError(f"a picture is not written as {suffix!r}", hint=", ".join(SUFFIXES))
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph that the font lacks
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure = draw()
+        buffer = io.BytesIO()
+        keys = ("Creator", "Date", "Format", "Type") if suffix == ".svg" else ("Software",)
+        figure.savefig(
+            buffer, format=suffix[1:], dpi=DPI, facecolor=ink("page"),
+            metadata=dict.fromkeys(keys),
+        )  # fmt: skip
+    return buffer.getvalue()
 
 
 def ink(name: str) -> str:

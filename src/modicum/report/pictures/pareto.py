@@ -1,31 +1,32 @@
 """Picture: accuracy against memory, a point per method.
 
 A file of its own, on a page-coloured ground; filled points are on the front and hollow ones are
-not, so that it reads without colours.
+not, and each series has a mark of its own, so that it reads without colours.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from modicum.errors import UsageError
-from modicum.report.pictures.canvas import STYLE, axes, canvas, ink
+from modicum.report.palette import SERIES
+from modicum.report.pictures.canvas import apart, as_file, axes, beside, canvas, ink
 from modicum.units import count
 
-SUFFIXES = (".svg", ".png")
+MARKS = ("o", "s", "^", "D", "v")
+APART = 1.035
 LARGEST = 260.0  # square points
 SMALLEST = 12.0
-DPI = 160
 
 
 @dataclass(frozen=True)
 class Point:
-    """memory in bytes; accuracy and the half width of its interval as shares; MACs of backward."""
+    """memory in bytes; accuracy and the half width of its interval as shares; MACs of backward.
+
+    A method that needs no memory is a level line.  Each series has a front of its own.
+    """
 
     label: str
     memory: int
@@ -33,65 +34,74 @@ class Point:
     interval: float | None
     macs: int
     front: bool
+    series: str = ""
 
 
-def picture(points: Sequence[Point], batch: int, seeds: int, suffix: str) -> bytes:
-    """The picture as a file.  Raises UsageError for a suffix other than .svg and .png."""
-    import matplotlib
+@dataclass(frozen=True)
+class Look:
+    """Colour and mark of a series."""
 
-    if suffix not in SUFFIXES:
-        raise UsageError(f"a picture is not written as {suffix!r}", hint=", ".join(SUFFIXES))
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that the font lacks
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure = draw(points, batch, seeds)
-        buffer = io.BytesIO()
-        keys = ("Creator", "Date", "Format", "Type") if suffix == ".svg" else ("Software",)
-        figure.savefig(
-            buffer, format=suffix[1:], dpi=DPI, facecolor=ink("page"),
-            metadata=dict.fromkeys(keys),
-        )  # fmt: skip
-    return buffer.getvalue()
+    colour: str
+    mark: str
 
 
-def draw(points: Sequence[Point], batch: int, seeds: int) -> Any:
+def picture(points: Sequence[Point], title: str, axis: str, suffix: str) -> bytes:
+    """The picture as a file; `title` says what is drawn, `axis` against what.
+
+    Raises UsageError for a suffix other than .svg and .png.
+    """
+    return as_file(lambda: draw(points, title, axis), suffix)
+
+
+def draw(points: Sequence[Point], title: str, axis: str) -> Any:
     """The figure; every text that `place` put is an artist of its axes."""
-    figure = canvas(4.7, 7.2)
-    ax = axes(figure, 0.65, 1.0, 0.25, 0.35)
-    most = max(max(p.macs for p in points), 1)
-    _limits(ax, points)
-    _front(ax, [p for p in points if p.front])
-    for p in points:
-        colour = ink("blue" if p.front else "soft")
+    looks = _looks(points)
+    placed = _beside_each_other([p for p in points if p.memory], list(looks))
+    level = [p for p in points if not p.memory]
+    figure = canvas(4.7 if len(looks) == 1 else 4.9, 7.2)
+    longest = max((len(p.label) for p in level), default=0)
+    ax = axes(figure, 0.65, 1.0 if len(looks) == 1 else 1.2, 0.25 + 0.065 * longest, 0.35)
+    most = max(*(p.macs for p in points), 1)
+    _limits(ax, placed, points)
+    _levels(ax, level, looks)
+    for name, look in looks.items():
+        _front(ax, [p for p in placed if p.front and p.series == name], look)
+    for p in placed:
+        look = looks[p.series]
+        colour = ink(look.colour if p.front or len(looks) > 1 else "soft")
         if p.interval:
             ax.errorbar(p.memory / 1024, 100 * p.accuracy, 100 * p.interval, color=colour,
                         linewidth=0.9, capsize=2.5, zorder=2)  # fmt: skip
         ax.scatter(p.memory / 1024, 100 * p.accuracy, _area(p.macs, most), zorder=3, linewidth=1.1,
                    color=colour if p.front else ink("page"), edgecolor=colour,
-                   alpha=0.85)  # fmt: skip
+                   marker=look.mark, alpha=0.85)  # fmt: skip
     ax.grid(axis="both")
     ax.tick_params(length=0, which="both")
-    spread = f", mean of {seeds} seeds with its 95 % interval" if seeds > 1 else ""
-    ax.set_title(f"test accuracy in %{spread}", loc="left", color=ink("ink"))
-    ax.set_xlabel(
-        f"memory that training adds in KiB: saved for a batch of {batch}, gradients, "
-        "optimiser state",
-        loc="left",
-    )
-    _keys(ax, most)
-    _place(ax, points, most)
+    ax.set_title(title, loc="left", color=ink("ink"))
+    ax.set_xlabel(axis, loc="left")
+    _keys(ax, most, looks)
+    _place(ax, placed, most)
     return figure
+
+
+def _looks(points: Sequence[Point]) -> dict[str, Look]:
+    names = dict.fromkeys(p.series for p in points)
+    return {n: Look(SERIES[i % len(SERIES)], MARKS[i % len(MARKS)]) for i, n in enumerate(names)}
+
+
+def _beside_each_other(points: Sequence[Point], series: list[str]) -> list[Point]:
+    """Points of several series that have the same memory would hide each other's intervals."""
+    return [replace(p, memory=round(p.memory * APART ** series.index(p.series))) for p in points]
 
 
 def _area(macs: int, most: int) -> float:
     return max(SMALLEST, LARGEST * macs / most)
 
 
-def _limits(ax: Any, points: Sequence[Point]) -> None:
+def _limits(ax: Any, placed: Sequence[Point], points: Sequence[Point]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    x = [p.memory / 1024 for p in points]
+    x = [p.memory / 1024 for p in placed] or [1.0]
     low, high = min(x), max(x)
     margin = max((high / low) ** 0.12, 1.5)
     low, high = low / margin, high * margin
@@ -109,34 +119,53 @@ def _limits(ax: Any, points: Sequence[Point]) -> None:
     ax.set_ylim(max(bottom - room, -2.0), min(top + room, 104.0))
 
 
-def _front(ax: Any, points: Sequence[Point]) -> None:
+def _levels(ax: Any, points: Sequence[Point], looks: dict[str, Look]) -> None:
+    """A level line for each point that has no place on the axis, and its label beside it."""
+    low, high = ax.get_ylim()
+    heights = [100 * p.accuracy for p in points]
+    places = apart(heights, 0.045 * (high - low)) if points else []
+    for p, y, place in zip(points, heights, places, strict=True):
+        colour = looks[p.series].colour
+        ax.axhline(y, color=ink(colour), linewidth=0.9, linestyle=":", zorder=1)
+        beside(ax, p.label, place, colour)
+
+
+def _front(ax: Any, points: Sequence[Point], look: Look) -> None:
     """A line that shows the best accuracy for so much memory."""
+    if not points:
+        return
     ordered = sorted(points, key=lambda p: p.memory)
     x, y = [p.memory / 1024 for p in ordered], [100 * p.accuracy for p in ordered]
     x.append(ax.get_xlim()[1])
     y.append(y[-1])
-    ax.step(x, y, where="post", color=ink("blue"), linewidth=1.0, alpha=0.6, zorder=1,
+    ax.step(x, y, where="post", color=ink(look.colour), linewidth=1.0, alpha=0.6, zorder=1,
             linestyle=(0, (4, 2)))  # fmt: skip
 
 
-def _keys(ax: Any, most: int) -> None:
+def _keys(ax: Any, most: int, looks: dict[str, Look]) -> None:
     from matplotlib.lines import Line2D
 
-    def dot(area: float, filled: bool, text: str) -> Any:
-        colour = ink("blue" if filled else "soft")
-        return Line2D([], [], linestyle="none", marker="o", markersize=math.sqrt(area),
-                      color=colour, markerfacecolor=colour if filled else ink("page"),
+    def dot(area: float, colour: str, filled: bool, text: str, mark: str = "o") -> Any:
+        return Line2D([], [], linestyle="none", marker=mark, markersize=math.sqrt(area),
+                      color=ink(colour), markerfacecolor=ink(colour if filled else "page"),
                       label=text)  # fmt: skip
 
-    line = Line2D([], [], color=ink("blue"), linewidth=1.0, linestyle=(0, (4, 2)),
+    first = next(iter(looks.values()))
+    line = Line2D([], [], color=ink(first.colour), linewidth=1.0, linestyle=(0, (4, 2)),
                   label="Pareto front")  # fmt: skip
     sizes = [most, most // 4, most // 16]
-    keys = [line, dot(36, True, "on it"), dot(36, False, "not")]
-    keys += [dot(_area(n, most), False, count(n)) for n in sizes if n]
-    keys[3:4] = [dot(_area(most, most), False, f"MACs backward: {count(most)}")]
+    keys = [line, dot(36, first.colour, True, "on it"), dot(36, "soft", False, "not")]
+    keys += [dot(_area(n, most), "soft", False, count(n)) for n in sizes if n]
+    text = f"MACs backward: {count(most)}"
+    keys[3:4] = [dot(_area(most, most), "soft", False, text)]
     high = ax.get_position().height * ax.figure.get_size_inches()[1]
-    ax.legend(handles=keys, loc="upper left", bbox_to_anchor=(-0.005, -0.43 / high), ncols=6,
-              borderaxespad=0, borderpad=0.4, columnspacing=1.6, handletextpad=0.8)  # fmt: skip
+    shared = {"loc": "upper left", "borderaxespad": 0, "borderpad": 0.4, "columnspacing": 1.6,
+              "handletextpad": 0.8}  # fmt: skip
+    if len(looks) > 1:
+        series = [dot(36, look.colour, True, n, look.mark) for n, look in looks.items()]
+        ax.add_artist(ax.legend(handles=series, bbox_to_anchor=(-0.005, -0.72 / high),
+                                ncols=len(series), **shared))  # fmt: skip
+    ax.legend(handles=keys, bbox_to_anchor=(-0.005, -0.43 / high), ncols=6, **shared)
 
 
 # ---- labels that do not lie on each other ------------------------------------------------------
@@ -186,14 +215,18 @@ def _mark(ax: Any, p: Point, most: int, scale: float) -> list[Box]:
 
 
 def _steps(ax: Any, points: Sequence[Point], scale: float) -> list[Box]:
-    """The line of the front, level part after level part."""
-    corners = [
-        ax.transData.transform((p.memory / 1024, 100 * p.accuracy))
-        for p in sorted(points, key=lambda p: p.memory)
-        if p.front
-    ]
-    ends = [*(x for x, _ in corners[1:]), ax.transAxes.transform((1, 0))[0]]
-    return [(x, y - scale, end, y + scale) for (x, y), end in zip(corners, ends, strict=True)]
+    """The lines of the fronts, level part after level part."""
+    boxes = []
+    for name in dict.fromkeys(p.series for p in points):
+        corners = [
+            ax.transData.transform((p.memory / 1024, 100 * p.accuracy))
+            for p in sorted(points, key=lambda p: p.memory)
+            if p.front and p.series == name
+        ]
+        ends = [*(x for x, _ in corners[1:]), ax.transAxes.transform((1, 0))[0]]
+        parts = zip(corners, ends[: len(corners)], strict=True)
+        boxes += [(x, y - scale, end, y + scale) for (x, y), end in parts]
+    return boxes
 
 
 def _places(own: Box, wide: float, high: float, scale: float) -> list[tuple[Box, int]]:

@@ -1,0 +1,148 @@
+"""The generated C files of a folder: of one plan, or of a candidate set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modicum.emit.candidates import Candidates
+from modicum.emit.constants import Constants
+from modicum.emit.schedule import Schedule
+from modicum.graph import Graph
+from modicum.plan import Plan
+from modicum.state import Array
+from modicum.units import kib
+
+API = ("init", "input", "predict", "train", "export_state", "import_state", "trained", "size",
+       "error")  # fmt: skip
+PROTOTYPES = ("prototypes_clear", "prototypes_add")
+SELECT = ("select", "selected")
+
+
+def one_plan(plan: Plan, name: str, values: Mapping[str, Array]) -> dict[str, str]:
+    """Files by name; `values` are the parameters of the prepared graph."""
+    constants = Constants(name, values, _symbols(plan, name, ()))
+    schedule = Schedule(plan, constants)
+    common = _common(plan, name, [schedule])
+    tables = constants.table_definitions("static const")
+    header, definitions = _weights(name, constants)
+    parts = {"member": None, "many": False, "s": schedule, "tables": tables}
+    return {
+        f"{name}.h": render("net.h.j2", **common, members=()),
+        f"{name}.c": render("net.c.j2", **common, **parts),
+        f"{name}_weights.h": header,
+        f"{name}_weights.c": definitions,
+        "net.h": _shim(plan, name, ()),
+        "README.md": _readme(common, (), plan.cost.flash_weights),
+    }
+
+
+def candidate_set(candidates: Candidates, name: str, values: Mapping[str, Array]) -> dict[str, str]:
+    """Files by name; `values` are the parameters of all prepared graphs."""
+    plans = candidates.plans
+    members = [f"{name}_member{i}" for i in range(len(plans))]
+    constants = Constants(name, values, _symbols(plans[0], name, plans), shared=True)
+    schedules = [Schedule(p, constants) for p in plans]
+    common = _common(plans[0], name, schedules)
+    header, definitions = _weights(name, constants, tables=True)
+    parts = {"many": True, "hash": candidates.hash, "names": members}
+    files = {
+        f"{name}.h": render("net.h.j2", **common, members=plans),
+        f"{name}.c": render("set.c.j2", **common, **parts),
+        f"{name}_members.h": render("members.h.j2", **common, names=", ".join(members)),
+        f"{name}_weights.h": header,
+        f"{name}_weights.c": definitions,
+        "net.h": _shim(plans[0], name, plans),
+        "README.md": _readme(common, plans, candidates.flash_weights),
+    }
+    for i, s in enumerate(schedules):
+        text = render("member.c.j2", **{**common, "plan": s.plan, "member": i, "s": s})
+        files[f"{name}_member{i}.c"] = text
+    return files
+
+
+def functions(plan: Plan, members: Sequence[Plan]) -> tuple[str, ...]:
+    """What the header declares, without the prefix."""
+    refreshed = PROTOTYPES if plan.program.refresh is not None else ()
+    return (*API, *refreshed, *(SELECT if members else ()))
+
+
+def _symbols(plan: Plan, name: str, members: Sequence[Plan]) -> list[str]:
+    more = [f"member{i}" for i in range(len(members))]
+    return [f"{name}_{word}" for word in ("t", "member_t", *functions(plan, members), *more)]
+
+
+def _common(plan: Plan, name: str, schedules: Sequence[Schedule]) -> dict[str, Any]:
+    """What all templates may use."""
+    graph, mse = plan.graph, plan.loss == "mse"
+    outputs = graph.values[graph.output].size
+    return {
+        "net": name,
+        "NET": name.upper(),
+        "plan": plan,
+        "inputs": graph.values[graph.input].size,
+        "outputs": outputs,
+        "targets": outputs if mse else 0,
+        "mse": mse,
+        "target": "const float *target" if mse else "int32_t label",
+        "prototypes": plan.program.refresh is not None,
+        "image_order": _image_order(graph),
+        "arena": max(s.plan.cost.arena for s in schedules),
+        "learned": max(s.learned for s in schedules),
+        "learned_floats": max(s.learned_floats for s in schedules),
+    }
+
+
+def _weights(name: str, constants: Constants, tables: bool = False) -> tuple[str, str]:
+    """(header, definitions) of the constants, and with `tables` of the geometry."""
+    guard = f"{name.upper()}_WEIGHTS_H"
+    declared, defined = constants.declarations(), constants.definitions()
+    if tables:
+        declared = f'#include "mo_kernels.h"\n\n{declared}\n{constants.table_declarations()}'
+        defined += "\n" + constants.table_definitions("const")
+    header = f"#ifndef {guard}\n#define {guard}\n\n{declared}\n\n#endif\n"
+    return header, f'#include "{name}_weights.h"\n\n{defined}'
+
+
+def _shim(plan: Plan, name: str, members: Sequence[Plan]) -> str:
+    """net.h: the generic names that the port uses."""
+    macros = ("INPUTS", "OUTPUTS", "TARGETS", "ARENA", "STATE")
+    lines = ["/* The generic names that the port uses, mapped to those of this net. */"]
+    lines += ["#ifndef NET_H", "#define NET_H", "", f'#include "{name}.h"', ""]
+    lines += [f"#define MO_NET_{x} {name.upper()}_{x}" for x in macros]
+    lines += [f"#define MO_NET_MEMBERS {len(members)} /* 0: one plan, nothing to select */"]
+    lines += [f"#define MO_NET_PROTOTYPES {int(plan.program.refresh is not None)}"]
+    names = ("t", *(f for f in functions(plan, members) if f != "size"))
+    lines += [f"#define mo_net_{x} {name}_{x}" for x in names]
+    return "\n".join([*lines, "", "#endif", ""])
+
+
+def _readme(common: dict[str, Any], members: Sequence[Plan], weights: int) -> str:
+    worst = max(members, key=lambda p: p.cost.arena, default=common["plan"])
+    sizes = {
+        "arena": kib(worst.cost.arena),
+        "stack": kib(worst.cost.stack),
+        "weights": kib(weights),
+        "target": "target" if common["mse"] else "label",
+    }
+    return render("readme.md.j2", **{**common, **sizes, "members": members})
+
+
+def _image_order(graph: Graph) -> str:
+    shape = graph.shape(graph.input)
+    return f", [{shape[2]}][{shape[3]}][{shape[1]}]" if len(shape) == 4 else ""
+
+
+def render(template: str, **values: object) -> str:
+    """A template of this package, filled in; an unknown name in it is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("modicum.emit", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # C and Markdown, not HTML
+    )
+    return environment.get_template(template).render(**values)
