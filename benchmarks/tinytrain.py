@@ -152,6 +152,9 @@ def main_set(net: str) -> dict[str, Contender]:
             method=SparseUpdate(scheme=SCHEMES[net]), rates=(3e-4, 1e-3, 3e-3)
         ),
         "tinytrain": Contender(method=ours, rates=(1e-3, 3e-3, 1e-2)),
+        "tinytrain-50": Contender(
+            method=ours.model_copy(update={"channel_ratio": 0.5}), rates=(1e-3, 3e-3, 1e-2)
+        ),
     }
 
 

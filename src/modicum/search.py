@@ -316,7 +316,7 @@ class _Schemes:
             if able:
                 self.shares[i] = [0.0, *sorted(able)]
             for r in able:
-                more = _unmasked(self.cost(k, {i: r})) - _unmasked(self.cost(k, {}))
+                more = _summed(self.cost(k, {i: r})) - _summed(self.cost(k, {}))
                 self._per_byte[i, r] = by_share[r].mean / max(more, 1)
 
     @property
@@ -377,8 +377,8 @@ def _method(biases: int, shares: Mapping[int, float]) -> SparseUpdate:
     return SparseUpdate(biases=biases, weights={str(i): r for i, r in sorted(shares.items())})
 
 
-def _unmasked(cost: BackwardCost) -> int:
-    """Bytes that a choice adds to also where they share the room of inputs and outputs."""
+def _summed(cost: BackwardCost) -> int:
+    """Bytes without the room of inputs and outputs, in which a small choice would cost nothing."""
     return cost.saved + cost.weights + cost.optimizer
 
 
@@ -453,7 +453,8 @@ class _Study:
     def _all_inputs(self) -> dict[str, Any]:
         s = self.schemes
         digest = hashlib.sha256(s.gains.model_dump_json().encode())
-        digest.update(json.dumps([s.samples.norms[name] for name in s.gains.layers]).encode())
+        norms = [s.samples.norms.get(x.weight) for x in _layers(s.graph)]
+        digest.update(json.dumps(norms).encode())
         return {
             "modicum": __version__,
             "graph": s.graph.hash,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import graphs
 import pytest
@@ -239,8 +240,10 @@ def test_a_linear_layer_from_prototypes_ranks_classes_by_the_distance(ways, d, d
 # ---- parts of a model that apply made --------------------------------------------------------
 
 
-def residual(head: nn.Module) -> nn.Module:
+@cache
+def residual(kind: str) -> tuple[nn.Module, Graph]:
     """What the frozen part hands over is read twice."""
+    head = nn.Linear(4, 3) if kind == "linear" else CosineHead(4, 3)
     block = nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU6(), nn.Conv2d(6, 4, 3, padding=1))
 
     class Net(nn.Module):
@@ -252,7 +255,8 @@ def residual(head: nn.Module) -> nn.Module:
             x = self.stem(x).relu()
             return self.head((x + self.block(x)).mean((2, 3)))
 
-    return randomise(Net())
+    model = randomise(Net())
+    return model, mo.capture(model, IMAGE)
 
 
 METHODS = {
@@ -267,9 +271,8 @@ METHODS = {
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 @pytest.mark.parametrize("method", METHODS)
 def test_features_after_the_prefix_are_the_features_and_those_of_the_model(kind, method):
-    head = nn.Linear(4, 3) if kind == "linear" else CosineHead(4, 3)
-    model = residual(head)
-    tuned = mo.apply(model, mo.plan(mo.capture(model, IMAGE), method=METHODS[method]))
+    model, graph = residual(kind)
+    tuned = Tuned(model, mo.plan(graph, method=METHODS[method]))
     x = torch.randn(4, 3, 5, 5)
     seen = []
     with torch.no_grad():
@@ -286,8 +289,8 @@ def test_features_after_the_prefix_are_the_features_and_those_of_the_model(kind,
 
 
 def test_gradients_of_features_after_the_prefix_are_those_of_the_features():
-    model = residual(CosineHead(4, 3))
-    tuned = mo.apply(model, mo.plan(mo.capture(model, IMAGE), method=METHODS["a slice"]))
+    model, graph = residual("cosine")
+    tuned = mo.apply(model, mo.plan(graph, method=METHODS["a slice"]))
     x = torch.randn(4, 3, 5, 5)
     (p,) = tuned.trained.values()
     (want,) = torch.autograd.grad(tuned.features(x).square().sum(), p)
@@ -378,7 +381,7 @@ def scores(
                 inner = product.sum((1, 2))
             else:
                 inner = product.reshape(-1, product.shape[-1]).sum(0)
-            total[name] = total.get(name, 0) + inner.square() / 2
+            total[name] = total.get(name, 0) + inner.detach().square() / 2
     return total
 
 

@@ -159,6 +159,17 @@ def test_a_limit_below_the_cheapest_scheme_names_the_smallest_that_works():
     assert searched(c, least).cost.memory <= least
 
 
+def test_a_linear_head_is_trained_and_counted_with_every_scheme():
+    model = net().eval()
+    graph = mo.capture(model, torch.zeros(1, 1, 8, 8))
+    seen = mo.observe(model, graph, mo.SparseUpdate(biases=1))
+    found = search(made_up(0), graph, 2 * LIMIT, samples=seen, generations=1)
+    selection = found.method.select_for(graph, seen, Limits(mo.Adam()))
+    assert {u.param for u in selection.updates} >= {"4.weight", "4.bias"}
+    assert backward_cost(graph, selection, mo.Adam()) == found.cost
+    assert found.cost.memory <= 2 * LIMIT
+
+
 def test_contributions_of_another_network_are_refused():
     c = made_up(0)
     other = {**c.layers, next(iter(c.layers)): (9, 1, 3, 3)}

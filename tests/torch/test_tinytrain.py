@@ -218,7 +218,7 @@ def test_the_model_is_left_alone_and_its_mode_does_not_matter(head):
 def test_norms_are_those_of_the_weights_channels(name):
     model, graph = net(name, "linear")
     seen = observe(model, graph, SparseUpdate(biases=1))
-    weights = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+    weights = {n: p.detach() for n, p in model.named_parameters() if p.dim() > 1}
     assert set(seen.norms) == set(weights) and not seen.fisher and not seen.samples
     for weight, p in weights.items():
         for axis in (0, 1):

@@ -380,7 +380,7 @@ def chosen_of(p: Plan, method: TinyTrain, chain: Chain) -> Chosen:
 # ---- the tests -------------------------------------------------------------------------------
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(cases())
 def test_the_selection_is_that_of_the_rule_read_word_by_word(case):
     chain, method, optimizer, seen = case
@@ -393,7 +393,7 @@ def test_the_selection_is_that_of_the_rule_read_word_by_word(case):
     assert chosen_of(p, method, chain) == want
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(cases(), st.data())
 def test_no_budget_is_exceeded_nor_the_ram_of_the_whole_plan(case, data):
     chain, method, optimizer, seen = case
@@ -419,7 +419,7 @@ def hints(error: DoesNotFit) -> Iterator[dict[str, object]]:
             yield {key: kinds[key](value) for key, value in found}
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(cases(), st.data())
 def test_the_budgets_that_a_refusal_names_are_the_smallest_that_do(case, data):
     chain, method, optimizer, seen = case

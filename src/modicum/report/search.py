@@ -98,7 +98,8 @@ class Scheme(Frozen):
     """The scheme with the largest predicted gain that a search found under a limit.
 
     `method` trains it; `gain` is the sum of its contributions, `cost` that of the backward pass
-    in the papers' convention, whose `memory` is at most `limit` bytes.  `looked` of schemes were looked at.
+    in the papers' convention, whose `memory` is at most `limit` bytes.  `looked`: how many schemes
+    were looked at.
     """
 
     version: Literal[1] = VERSION

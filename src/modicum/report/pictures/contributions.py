@@ -124,6 +124,6 @@ def _keys(figure: Any, rows: Sequence[Row], left: float, bottom: float) -> None:
     if keys:
         keys[0].set_label(f"share of the input channels: {looks[0][0]}")
     keys.append(dot(BIASES, 0.6 * MOST, False, "biases"))
-    keys.append(dot("soft", 0.6 * MOST, True, "chosen, with its 95 % interval"))
+    keys.append(dot("soft", 0.6 * MOST, True, "chosen; bars are 95 % intervals"))
     figure.legend(handles=keys, loc="upper left", bbox_to_anchor=(left, bottom), ncols=len(keys),
                   borderaxespad=0, columnspacing=1.4, **{**KEYS, "handletextpad": 0.6})  # fmt: skip
