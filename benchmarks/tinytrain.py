@@ -275,7 +275,9 @@ def table(made: TaskComparison, reference: str) -> list[dict[str, object]]:
 
 def show(args: argparse.Namespace, result: dict[str, object]) -> None:
     if args.json:
-        command = "python " + " ".join(["benchmarks/tinytrain.py", *sys.argv[1:]])
+        command = f"python benchmarks/tinytrain.py {args.verb} --json {args.json.name}"
+        if args.set != "main":
+            command += f" --set {args.set}"
         made = {
             "command": command, "python": platform.python_version(), "torch": torch.__version__,
             "cores": os.cpu_count(), **result,

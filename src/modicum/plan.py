@@ -200,9 +200,7 @@ def _make(
     flash = flash if flash is not None else (board.flash if board else None)
 
     def made(selection: Selection) -> Plan:
-        return _placed(
-            graph, board, method, selection, optimizer, loss, accumulate, ram, flash
-        )
+        return _placed(graph, board, method, selection, optimizer, loss, accumulate, ram, flash)
 
     if not isinstance(method, ObservingMethod) or samples is None:
         return made(method.select(graph))

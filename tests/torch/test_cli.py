@@ -216,7 +216,7 @@ def test_the_whole_road_of_a_few_shot_task(modicum, shots, tmp_path):
     assert after.accuracy_before > 0.5 and len(after.losses) == 7
 
     loaded = arguments.model_of_plan(made, net, saved)
-    x, y = (np.load(shots / "query.npz")[k] for k in "xy")
+    x, _y = (np.load(shots / "query.npz")[k] for k in "xy")
     with torch.no_grad():
         logits = loaded(torch.from_numpy(x)).numpy()
     assert logits == pytest.approx(after.logits_after, abs=1e-4)
@@ -224,7 +224,9 @@ def test_the_whole_road_of_a_few_shot_task(modicum, shots, tmp_path):
     assert done.code == 0, done.err
 
 
-def test_meta_trained_weights_go_into_plain_and_few_shot_models_of_any_ways(modicum, shots, tmp_path):
+def test_meta_trained_weights_go_into_plain_and_few_shot_models_of_any_ways(
+    modicum, shots, tmp_path
+):
     net, weights = f"{shots / 'net.py'}:make", tmp_path / "w.pt"
     trained = arguments.make_network(net, None, None, ways=5)[0]
     with torch.no_grad():
@@ -252,8 +254,9 @@ def test_meta_trained_weights_go_into_plain_and_few_shot_models_of_any_ways(modi
     assert said == "" and torch.equal(wrapped.backbone[0].weight, fresh[0].weight)
     assert not wrapped.head.prototypes.any()
     del backbone["0.bias"]
-    torch.save({f"backbone.{k}": v for k, v in backbone.items()}
-               | {f"head.{k}": v for k, v in trained.head.state_dict().items()}, weights)  # fmt: skip
+    state = {f"backbone.{k}": v for k, v in backbone.items()}
+    state |= {f"head.{k}": v for k, v in trained.head.state_dict().items()}
+    torch.save(state, weights)
     for ways in (None, 5):
         with pytest.raises(mo.InvalidInput, match=r"0\.bias"):
             arguments.make_network(net, weights, None, ways=ways)
@@ -439,8 +442,8 @@ def test_metatrain_refuses_flags_before_it_makes_a_network(
 
 def test_of_several_processes_one_says_what_came_of_it(modicum, shots, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    words = ["metatrain", f"{shots / 'net.py'}:make", *SHAPE, "--data", shots / "base.npz",
-             "--epochs", 1, "--episodes", 1, "--warmup", 0, "--shots", 2, "--queries", 2]  # fmt: skip
+    words = ["metatrain", f"{shots / 'net.py'}:make", *SHAPE, "--data", shots / "base.npz"]
+    words += ["--epochs", 1, "--episodes", 1, "--warmup", 0, "--shots", 2, "--queries", 2]
     silent = modicum(*words, "--out", tmp_path / "a")
     assert (silent.code, silent.out) == (0, "")
     monkeypatch.setenv("RANK", "0")

@@ -338,7 +338,9 @@ def test_odd_points_can_be_drawn(points):
 
 def test_the_same_points_are_the_same_bytes_and_other_formats_are_refused(done, tmp_path):
     points = [Point("one", 1024, 0.5, None, 7, True)]
-    assert picture(points, "accuracy in %", "memory", ".svg") == picture(points, "accuracy in %", "memory", ".svg")
+    assert picture(points, "accuracy in %", "memory", ".svg") == picture(
+        points, "accuracy in %", "memory", ".svg"
+    )
     with pytest.raises(UsageError, match="not written as"):
         done.result.picture(tmp_path / "a.pdf")
 

@@ -39,9 +39,10 @@ GRAPHS: dict[str, mo.Graph] = {}
 
 def graph_of(model: nn.Module) -> mo.Graph:
     """Captured once: that takes longer than to learn a task."""
-    if repr(model) not in GRAPHS:
-        GRAPHS[repr(model)] = mo.capture(model, torch.zeros(1, 1, 8, 8))
-    return GRAPHS[repr(model)]
+    key = f"{model} {[tuple(v.shape) for v in model.state_dict().values()]}"
+    if key not in GRAPHS:
+        GRAPHS[key] = mo.capture(model, torch.zeros(1, 1, 8, 8))
+    return GRAPHS[key]
 
 
 def plan_of(model: nn.Module, lr: float = 0.01) -> mo.Plan:

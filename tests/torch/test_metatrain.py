@@ -233,7 +233,9 @@ def test_the_rate_rises_linearly_and_falls_as_a_cosine():
 
 def test_without_a_warm_up_the_first_rate_is_the_highest():
     config = MetaTrain(epochs=1, episodes=4, warmup=0, rate=1.0, final_rate=0.0)
-    assert [config.rate_at(u) for u in range(4)] == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
+    assert [config.rate_at(u) for u in range(4)] == pytest.approx(
+        [1, 0.853553, 0.5, 0.146447], abs=1e-6
+    )
     one = MetaTrain(epochs=1, episodes=1, warmup=0, rate=1.0)
     assert one.updates == 1 and one.rate_at(0) == 1.0
 
@@ -325,7 +327,6 @@ def test_all_processes_end_with_the_same_weights(two_processes, norms):
     assert same(first[0], second[0])
     assert first[1]["losses"] == second[1]["losses"]
     assert not same(first[0], toy().state_dict())
-
 
 
 def test_two_processes_do_what_one_does_with_both_tasks_in_an_update(two_processes, tmp_path):

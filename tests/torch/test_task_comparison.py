@@ -77,7 +77,7 @@ def files(out: Path) -> list[dict]:
     return [json.loads(p.read_text()) for p in sorted(out.glob("tasks/*/*.json"))]
 
 
-GRAPHS: dict[tuple[str, torch.Size], mo.Graph] = {}
+GRAPHS: dict[str, mo.Graph] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def _quick(monkeypatch):
     """Without what takes longer than all the rest: pictures, and the same capture again."""
 
     def captured(model, example):
-        key = repr(model), example.shape
+        key = f"{model} {[tuple(v.shape) for v in (example, *model.state_dict().values())]}"
         if key not in GRAPHS:
             GRAPHS[key] = mo.capture(model, example)
         return GRAPHS[key]

@@ -95,7 +95,7 @@ def test_the_text_says_what_was_done_and_what_it_cost():
     assert str(MADE.accuracy(LEAN)) in lean and MADE.difference(LEAN, MADE.rows[0]).signed in lean
     assert "8,192.0 KiB" in text
     assert "2.0 KiB  4.0 KiB  8.0 KiB    256.0 KiB" in text
-    assert [line.split() for line in lines if line.startswith("  none")][0] == ["none"] + ["-"] * 9
+    assert next(line.split() for line in lines if line.startswith("  none")) == ["none"] + ["-"] * 9
     assert "lr: the best" not in text and "left out" not in text and "not learned" not in text
 
 
@@ -171,7 +171,7 @@ def test_what_needs_no_memory_is_a_level_line_with_its_name():
     assert [float(line.get_ydata()[0]) for line in levels] == [40.0]
     low, high = ax.get_ylim()
     assert low < 40 < high and "none" in [t.get_text() for t in ax.texts]
-    assert [t for t in ax.texts if t.get_text() == "none"][0].get_color() == "#0072b2"
+    assert next(t for t in ax.texts if t.get_text() == "none").get_color() == "#0072b2"
 
 
 def test_two_models_have_marks_of_their_own_and_a_key():
