@@ -56,7 +56,7 @@ def test_a_published_net_learns_a_task_on_host_and_m7_as_in_pytorch(workshop: Wo
         mo.plan(graph, None, method, rule, samples=seen, accumulate=len(x))
         for rule in (mo.SGD(lr=0.01), mo.Adam(lr=0.002))
     ]
-    folder = mo.emit(net, plans=plans, out=workshop.root / name, data=(x[:1], y[:1]))
+    folder = mo.emit(net, plans=plans, out=workshop.root / f"{name}-set", data=(x[:1], y[:1]))
     for member, plan in enumerate(plans):
         learns_as_pytorch(workshop, folder, member, net, plan, (x, y))
 

@@ -10,6 +10,8 @@
 #define MO_NET_ARENA DEMO_ARENA
 #define MO_NET_STATE DEMO_STATE
 #define MO_NET_TRAINED DEMO_TRAINED
+#define MO_NET_MEMBERS 0
+#define MO_NET_PROTOTYPES 0
 
 #define mo_net_t demo_t
 #define mo_net_init demo_init

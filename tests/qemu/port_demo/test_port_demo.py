@@ -174,7 +174,7 @@ def vectors(steps: int = 3, spoil: tuple[int, str] | None = None) -> str:
             bias[o] + sum(w * v for w, v in zip(weight[o], x, strict=True)) for o in range(N_OUT)
         ]
 
-    text = ['#include "check.h"', f"#define MO_CHECK_STEPS {steps}"]
+    text = ['#include "check.h"', "#define MO_CHECK_MEMBERS 1"]
     text.append("#define MO_CHECK_TOLERANCE 1e-4f")
     rows = []
     for step in range(steps):
@@ -213,8 +213,10 @@ def vectors(steps: int = 3, spoil: tuple[int, str] | None = None) -> str:
             f"{{{array('input', x)}, {label}, NULL, {array('before', before)}, "
             f"{loss.hex()}f, {array('after', logits(x))}, 2, tensors_{step}}}"
         )
-    text.append("static const mo_check_step_t mo_check_steps[MO_CHECK_STEPS] = {")
+    text.append("static const mo_check_step_t steps[] = {")
     text.append("  " + ",\n  ".join(rows) + "};")
+    members = f"{{{{{steps}, steps}}}}"
+    text.append(f"static const mo_check_member_t mo_check_members[MO_CHECK_MEMBERS] = {members};")
     return "\n".join(text) + "\n"
 
 
