@@ -230,7 +230,7 @@ def _compared(block: Block, what: str, shown: list[str], printed: list[str]) -> 
 def masked(line: str) -> str:
     """The line without its numbers, units of time, and the blanks that line them up."""
     words = " ".join(NUMBER.sub("#", line).split())
-    return re.sub(r"# (µs|ms|min # s)(?= |$)", "# s", words)
+    return re.sub(r"# (µs|ms|min # s)(?=[ ,;]|$)", "# s", words)
 
 
 def _matches(shown: list[str], printed: list[str]) -> bool:
