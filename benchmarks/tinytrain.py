@@ -275,9 +275,11 @@ def table(made: TaskComparison, reference: str) -> list[dict[str, object]]:
 
 def show(args: argparse.Namespace, result: dict[str, object]) -> None:
     if args.json:
-        command = f"python benchmarks/tinytrain.py {args.verb} --json {args.json.name}"
-        if args.set != "main":
-            command += f" --set {args.set}"
+        given = {k: getattr(args, k) for k in ("net", "size", "tasks", "set", "only", "models",
+                                               "methods")}  # fmt: skip
+        flags = [f"--{k} {v}" for k, v in given.items() if v] if args.verb == "compare" else []
+        words = ["python benchmarks/tinytrain.py", args.verb, *flags, "--json", args.json.name]
+        command = " ".join(words)
         made = {
             "command": command, "python": platform.python_version(), "torch": torch.__version__,
             "cores": os.cpu_count(), **result,

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--nets", nargs="*", default=list(backbones.NAMES))
     parser.add_argument("--no-times", action="store_true")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows, times = [], []
@@ -82,7 +82,8 @@ def main() -> None:
                 print(f"  {key}: {value}")
     if args.json:
         about = {
-            "command": "python benchmarks/tinytrain_cost.py --json " + args.json.name,
+            "command": " ".join(["python benchmarks/tinytrain_cost.py --json", args.json.name,
+                                 *(["--no-times"] if args.no_times else [])]),
             "machine": platform.machine(), "torch": torch.__version__, "threads": 1,
         }  # fmt: skip
         args.json.write_text(json.dumps({**about, "rows": rows, "times": times}, indent=1) + "\n")

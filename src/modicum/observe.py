@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 
 import torch
@@ -21,6 +20,9 @@ from modicum.plan import Plan, plan
 
 TOGETHER = 32
 """Samples that pass through the network at once."""
+KNOWN = 32
+"""Inspections that are remembered: a comparison makes the same few for every task."""
+_inspections: dict[tuple[str, tuple[str, ...]], Plan] = {}
 
 
 def observe(
@@ -71,25 +73,12 @@ def observe(
 
 def inspection(graph: Graph, probes: tuple[str, ...]) -> Plan:
     """The pass that scores the channels of these values, as a plan: its memory and its work."""
-    return _inspection(graph.hash, probes, _Same(graph))
-
-
-class _Same:
-    """A graph as an argument of a cache whose key is the hash before it."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@functools.lru_cache(maxsize=32)
-def _inspection(key: str, probes: tuple[str, ...], graph: _Same) -> Plan:
-    return plan(graph.graph, None, Inspect(values=probes), SGD(lr=1.0))
+    key = graph.hash, probes
+    if key not in _inspections:
+        if len(_inspections) >= KNOWN:
+            _inspections.clear()
+        _inspections[key] = plan(graph, None, Inspect(values=probes), SGD(lr=1.0))
+    return _inspections[key]
 
 
 def _scores(

@@ -21,7 +21,6 @@ from modicum.units import count, kib, parse_size, percent
 
 Criterion = Literal["full", "fisher", "fisher/memory", "fisher/compute", "l2", "random"]
 Ranking = Literal["fisher", "l2", "random"]
-RATIOS = (1.0, 0.5, 0.25, 0.125)
 
 
 class TinyTrain(ObservingMethod):

@@ -308,6 +308,13 @@ def clamp_args(lo: float | None, hi: float | None) -> tuple[Arg, Arg]:
     return (Expr(NO_LO) if lo is None else lo, Expr(NO_HI) if hi is None else hi)
 
 
+def bias_grad(b: BackwardArgs, s: Slice, grad: Buf, acc: bool) -> GradCall:
+    """The gradient of what is added to each channel: the sum of dy over rows or pixels."""
+    rows, columns = channels_last(b.out_shape)
+    n = count(s.out, columns)
+    return GradCall((Call("mo_bias_grad", (grad, Buf(b.dy), rows, n, int(acc))),), 1, n)
+
+
 def mask_bytes(elements: int, bits: int = 1) -> int:
     return (elements * bits + 7) // 8
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from modicum.errors import InvalidInput, UsageError
 from modicum.ops.attributes import number
-from modicum.ops.base import Buf, Call, Const, GradCall, Kept, Op, channels_last, count
+from modicum.ops.base import Buf, Call, Const, GradCall, Kept, Op, bias_grad, channels_last, count
 from modicum.ops.channels import (
     check_entries,
     entries,
@@ -71,11 +71,10 @@ class BatchNorm(Op):
         return Call("mo_affine_dx", (*args, *channels_last(b.out_shape)))
 
     def c_grad(self, b, role, s, grad, acc):
+        if role == "bias":
+            return bias_grad(b, s, grad, acc)
         pixels, c = channels_last(b.out_shape)
         n = count(s.out, c)
-        if role == "bias":
-            call = Call("mo_bias_grad", (grad, Buf(b.dy), pixels, n, int(acc)))
-            return GradCall((call,), 1, n)
         mean, rstd = (Const(b.node.params[r], channels=s.out) for r in ("mean", "rstd"))
         args = (grad, Buf(b.dy), Buf(b.kept[0]), mean, rstd, pixels, n, int(acc))
         return GradCall((Call("mo_affine_dgamma", args),), 1, n)
@@ -188,10 +187,9 @@ class BatchStatNorm(Op):
         return Call("mo_batch_norm_dx", (*args, *channels_last(b.out_shape)))
 
     def c_grad(self, b, role, s, grad, acc):
-        pixels, c = channels_last(b.out_shape)
         if role == "bias":
-            n = count(s.out, c)
-            return GradCall((Call("mo_bias_grad", (grad, Buf(b.dy), pixels, n, int(acc))),), 1, n)
+            return bias_grad(b, s, grad, acc)
+        pixels, c = channels_last(b.out_shape)
         stats, x = b.kept
         mean, rstd = Buf(stats), Buf(stats, offset=c)
 

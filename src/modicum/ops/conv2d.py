@@ -27,6 +27,7 @@ from modicum.ops.base import (
     Op,
     Struct,
     Wanted,
+    bias_grad,
     count,
 )
 from modicum.selection import Slice
@@ -178,12 +179,10 @@ class Conv2d(Op):
         return Call(fn, (out, Buf(b.dy), b.params["weight"], geo, int(b.accumulate)), macs)
 
     def c_grad(self, b, role, s, grad, acc):
-        out_c, in_g, kh, kw = _weight(b.graph, b.node)
-        _, _, h, w = b.out_shape
-        n_out = count(s.out, out_c)
         if role == "bias":
-            call = Call("mo_bias_grad", (grad, Buf(b.dy), h * w, n_out, int(acc)))
-            return GradCall((call,), 1, n_out)
+            return bias_grad(b, s, grad, acc)
+        out_c, in_g, kh, kw = _weight(b.graph, b.node)
+        n_out = count(s.out, out_c)
         macs = self.macs(b.graph, b.node, Wanted((False,), {"weight": s})).dw
         chosen, n_in = by_group(b.node, (out_c, in_g), s), count(s.inp, in_g)
         if not alike(chosen):

@@ -8,7 +8,7 @@ Unlike a batch norm's, its statistics depend on the input, so dx always needs th
 from __future__ import annotations
 
 from modicum.ops.attributes import SMALLEST, number, whole
-from modicum.ops.base import Buf, Call, GradCall, Kept, Op, channels_last, count
+from modicum.ops.base import Buf, Call, Kept, Op, bias_grad, channels_last
 from modicum.ops.channels import (
     check_entries,
     entries,
@@ -106,10 +106,9 @@ class GroupNorm(Op):
         return Call("mo_group_norm_dx", (*args, *shape))
 
     def c_grad(self, b, role, s, grad, acc):
-        pixels, c = channels_last(b.out_shape)
         if role == "bias":
-            n = count(s.out, c)
-            return GradCall((Call("mo_bias_grad", (grad, Buf(b.dy), pixels, n, int(acc))),), 1, n)
+            return bias_grad(b, s, grad, acc)
+        pixels, c = channels_last(b.out_shape)
         (x, stats), groups = b.kept, b.node.attrs["groups"]
 
         def every(out: Buf, acc: bool) -> Call:

@@ -15,6 +15,7 @@ from modicum.ops.base import (
     Op,
     Struct,
     Wanted,
+    bias_grad,
     channels_last,
     count,
 )
@@ -90,12 +91,10 @@ class Linear(Op):
         return Call("mo_conv2d_dx", args, macs)
 
     def c_grad(self, b, role, s, grad, acc):
-        out, inp = b.graph.params[b.node.params["weight"]].shape
-        rows, _ = channels_last(b.out_shape)
-        n_out, n_inp = count(s.out, out), count(s.inp, inp)
         if role == "bias":
-            call = Call("mo_bias_grad", (grad, Buf(b.dy), rows, n_out, int(acc)))
-            return GradCall((call,), 1, n_out)
+            return bias_grad(b, s, grad, acc)
+        out, inp = b.graph.params[b.node.params["weight"]].shape
+        n_out, n_inp = count(s.out, out), count(s.inp, inp)
         macs = self.macs(b.graph, b.node, Wanted((False,), {"weight": s})).dw
         geo = _as_conv(b.graph, b.node, n_out, n_inp)
         args = (grad, Buf(b.dy), Buf(b.kept[0]), geo, Expr("row"), Expr("row_end"), int(acc))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from modicum.ops.base import Buf, Call, GradCall, Wanted, channels_last
+from modicum.ops.base import Buf, Call, Wanted, bias_grad, channels_last
 from modicum.ops.conv2d import Conv2d, is_depthwise
 
 
@@ -56,8 +56,7 @@ class NormConv2d(Conv2d):
     def c_grad(self, b, role, s, grad, acc):
         """The weight's gradient is G where the scale is trained, else that of a scaled dy."""
         if role == "shift":
-            pixels, c = channels_last(b.out_shape)
-            return GradCall((Call("mo_bias_grad", (grad, Buf(b.dy), pixels, c, int(acc))),), 1, c)
+            return bias_grad(b, s, grad, acc)
         return super().c_grad(b, role, s, grad, acc)
 
     def c_scaled(self, b) -> Call:

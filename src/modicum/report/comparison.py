@@ -8,7 +8,7 @@ import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from modicum.graph import Frozen
 from modicum.methods import AnyMethod
@@ -185,10 +185,23 @@ class Comparison(Frozen):
 
     def save(self, folder: Path) -> None:
         """Write comparison.json, .txt, .svg and .png."""
-        write(folder / f"{NAME}.json", (json.dumps(self.as_dict(), indent=1) + "\n").encode())
-        write(folder / f"{NAME}.txt", (str(self) + "\n").encode())
-        for suffix in ("svg", "png"):
-            self.picture(folder / f"{NAME}.{suffix}")
+        save_all(self, folder, NAME)
+
+
+class Shown(Protocol):
+    """What has plain data, a text and a picture."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+    def picture(self, path: Path) -> None: ...
+
+
+def save_all(made: Shown, folder: Path, name: str) -> None:
+    """Write name.json, .txt, .svg and .png."""
+    write(folder / f"{name}.json", (json.dumps(made.as_dict(), indent=1) + "\n").encode())
+    write(folder / f"{name}.txt", (str(made) + "\n").encode())
+    for suffix in ("svg", "png"):
+        made.picture(folder / f"{name}.{suffix}")
 
 
 def write(path: Path, data: bytes) -> None:

@@ -12,7 +12,7 @@ from modicum.backward_cost import BackwardCost
 from modicum.graph import Frozen
 from modicum.methods import SparseUpdate
 from modicum.optim import Optimizer
-from modicum.report.comparison import write
+from modicum.report.comparison import save_all, write
 from modicum.report.pictures.contributions import Mark, Row, picture
 from modicum.report.runs import plain
 from modicum.report.tasks import Estimate
@@ -124,10 +124,7 @@ class Scheme(Frozen):
         """Write sparse_update.json, which is a method, and search.json, .txt, .svg and .png."""
         method = {"kind": self.method.kind, **self.method.model_dump(exclude_defaults=True)}
         write(folder / "sparse_update.json", (json.dumps(method, indent=1) + "\n").encode())
-        write(folder / "search.json", (json.dumps(self.as_dict(), indent=1) + "\n").encode())
-        write(folder / "search.txt", (str(self) + "\n").encode())
-        for suffix in ("svg", "png"):
-            self.picture(folder / f"search.{suffix}")
+        save_all(self, folder, "search")
 
     def picture(self, path: str | Path) -> None:
         """Draw the contributions, with what was chosen of them, as .svg or .png."""

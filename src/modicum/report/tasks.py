@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from modicum.graph import Frozen
 from modicum.methods import AnyMethod
 from modicum.optim import Optimizer
-from modicum.report.comparison import interval, write
+from modicum.report.comparison import interval, save_all, write
 from modicum.report.pictures.pareto import Point, picture
 from modicum.report.runs import plain
 from modicum.tasks import EpisodeRule, FixedEpisodes, Preprocess
@@ -271,10 +270,7 @@ class TaskComparison(Frozen):
 
     def save(self, folder: Path) -> None:
         """Write tasks.json, .txt, .svg and .png."""
-        write(folder / f"{NAME}.json", (json.dumps(self.as_dict(), indent=1) + "\n").encode())
-        write(folder / f"{NAME}.txt", (str(self) + "\n").encode())
-        for suffix in ("svg", "png"):
-            self.picture(folder / f"{NAME}.{suffix}")
+        save_all(self, folder, NAME)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
