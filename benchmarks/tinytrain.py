@@ -29,7 +29,7 @@ from lookalikes import grouped
 
 from modicum.fewshot import FineTune
 from modicum.heads import FewShot, few_shot
-from modicum.meta.train import MetaTrain, metatrain
+from modicum.meta import MetaTrain, metatrain
 from modicum.methods import Bias, Full, Last, SparseUpdate, TinyTL, TinyTrain
 from modicum.models import MODELS
 from modicum.task_comparison import Contender, Domain, TaskComparison, compare_on_tasks
@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--set", choices=tuple(SETS), default="main")
     parser.add_argument("--only", default="", help="domains, such as traffic_signs,omniglot")
     parser.add_argument("--models", default="", help="ImageNet, meta-trained or both")
-    parser.add_argument("--methods", default="", help="some of the set's, by label")
+    parser.add_argument("--methods", default="", help="some of the set's, by label: a;b")
     parser.add_argument("--out", type=Path, default=CACHE)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -155,6 +155,10 @@ def main_set(net: str) -> dict[str, Contender]:
         "tinytrain-50": Contender(
             method=ours.model_copy(update={"channel_ratio": 0.5}), rates=(1e-3, 3e-3, 1e-2)
         ),
+        "tinytrain-50, 25 % of MACs": Contender(
+            method=ours.model_copy(update={"channel_ratio": 0.5, "macs_fraction": 0.25}),
+            rates=(1e-3, 3e-3, 1e-2),
+        ),
     }
 
 
@@ -234,7 +238,7 @@ def compare(args: argparse.Namespace) -> None:
     test = {k: v for k, v in test.items() if not args.only or k in args.only.split(",")}
     contenders = SETS[args.set](args.net)
     if args.methods:
-        contenders = {k: v for k, v in contenders.items() if k in args.methods.split(",")}
+        contenders = {k: v for k, v in contenders.items() if k in args.methods.split(";")}
     made = compare_on_tasks(
         models(args), contenders, test, preprocess(args.net, args.size), out=folder(args),
         tasks=args.tasks, rule=FixedEpisodes(ways=(5, 10), shots=5, queries=10),

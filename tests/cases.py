@@ -395,6 +395,46 @@ CASES: list[Case] = [
 ]  # fmt: skip
 
 
+def paced(note: str, net: str, params: dict[str, object], **more) -> Case:
+    """A row whose inner steps differ: `params` are tuples of rates, or channels with `rates`."""
+    optimizer, accumulate = more.pop("optimizer", PLAIN), more.pop("accumulate", 1)
+    given = {k: {"rates": v} if isinstance(v, tuple) else v for k, v in params.items()}
+    return Case(net, Explicit(params=given, **more), optimizer, accumulate, note=f"{note} by step")
+
+
+SOME = (1.0, 0.0, 0.5)
+LATER = (0.0, 1.0, 1.0, 0.0)
+STEPS: list[Case] = [
+    paced("rates", "mlp", {"0.*": (1.0, 0.5, 2.0), "5.*": (1.0,)}),
+    paced("layers", "mobile", {"head.*": None, "block.0.weight": SOME, "stem.0.weight": LATER,
+                               "block.3.weight": {"out": (0, 1, 9), "rates": (0.0, 1.0)}}),
+    paced("layers", "conv", {"0.*": LATER, "2.*": SOME, "6.*": None}, optimizer=MOMENTUM,
+          accumulate=2),
+    paced("slices", "groups", {"0.*": {"out": (0, 3, 4, 5), "rates": LATER}, "2.*": SOME,
+                               "4.*": {"out": (0, 1, 2, 9, 15), "rates": (2.0, 0.0)},
+                               "8.*": {"inp": (0, 7), "rates": (0.0, 1.0)}},
+          optimizer=DECAY, accumulate=3),
+    paced("norms", "norms", {"1.weight": SOME, "2.weight": (0.0, 1.0, 1.0), "2.bias": LATER,
+                             "9.weight": (0.0, 1.0), "10.*": (1.0,), "0.*": LATER},
+          optimizer=MOMENTUM),
+    paced("joined norms", "norms", {"1.weight": SOME, "2.weight": SOME, "2.bias": (1.0, 0.7),
+                                    "6.weight": LATER, "12.bias": None}, accumulate=2),
+    paced("batch norms", "mobile", {"block.*": LATER, "stem.1.bias": SOME, "head.*": None},
+          optimizer=ADAM, accumulate=2, batch_norms=("stem.1", "block.4")),
+    paced("signs", "gated", {"block.*": LATER, "last.*": SOME, "head.*": None},
+          optimizer=ADAM, sign=("*",)),
+    paced("standardised", "standardised", {"0.weight": (0.0, 1.0), "3.weight": SOME, "6.*": LATER,
+                                           "11.*": None}, optimizer=MOMENTUM, accumulate=2),
+    paced("regression", "regression", {"0.*": SOME, "3.weight": (1.0,), "1.bias": LATER},
+          optimizer=DECAY, accumulate=2),
+    paced("prototypes", "few shot", {"*.0.weight": LATER,
+                                     "*.3.*": {"out": (0, 2, 5), "rates": SOME},
+                                     "*.5.weight": {"inp": (1, 3), "rates": (0.5, 1.0)}},
+          optimizer=ADAM, accumulate=2),
+]  # fmt: skip
+"""Plans whose inner steps differ, most of them in what they update."""
+
+
 # ---- what a row makes ------------------------------------------------------------------------
 
 

@@ -380,6 +380,25 @@ def _channels(n: int) -> st.SearchStrategy[tuple[int, ...] | None]:
     return st.none() | few | each.map(lambda flags: tuple(i for i in range(n) if flags[i]))
 
 
+@st.composite
+def by_step(draw: st.DrawFn, selection: Selection, most: int = 4) -> Selection:
+    """The selection with random step sizes for up to `most` inner steps, each of which updates."""
+    steps, n = draw(st.integers(1, most)), len(selection.updates)
+    table = [
+        [draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, 3.0])) for _ in range(steps)] for _ in range(n)
+    ]
+    for step in range(steps):
+        if not any(row[step] for row in table):
+            table[draw(st.integers(0, n - 1))][step] = 1.0
+    updates = []
+    for update, row in zip(selection.updates, table, strict=True):
+        while len(row) > 1 and row[-1] == row[-2] and draw(st.booleans()):
+            row.pop()
+        if any(row):
+            updates.append(update.model_copy(update={"rates": tuple(row)}))
+    return selection.model_copy(update={"updates": tuple(updates)})
+
+
 optimizers = st.sampled_from(
     [
         SGD(lr=0.05),
@@ -448,7 +467,10 @@ def sliced(draw: st.DrawFn) -> dict[str, object]:
 def explicit(selection: Selection) -> Explicit:
     """The method that selects exactly this."""
     return Explicit(
-        params={u.param: {"out": u.slice.out, "inp": u.slice.inp} for u in selection.updates},  # type: ignore[dict-item]
+        params={
+            u.param: {"out": u.slice.out, "inp": u.slice.inp, "rates": u.rates}  # type: ignore[dict-item]
+            for u in selection.updates
+        },
         batch_norms=selection.batch_norms,
         sign=selection.sign,
     )

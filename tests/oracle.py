@@ -257,13 +257,14 @@ def difference(
     return worst
 
 
-def kept_bytes(plan: Plan) -> int:
-    """What autograd has to keep.
+def kept_bytes(plan: Plan, step: int | None = None) -> int:
+    """What autograd has to keep in an inner step, by default in one that needs most memory.
 
     Not statistics that only follow the batch, and a value and its reshape once: in C a reshape
     of an image moves its elements, in PyTorch it does not.
     """
-    program, found = plan.program, {}
+    found: dict[tuple[str, str], int] = {}
+    program = plan.program if step is None else plan.programs[plan.pattern_of(step)]
     for node in program.graph.nodes:
         for k in program.kept[node.name]:
             value = k.value

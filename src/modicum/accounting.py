@@ -8,7 +8,7 @@ from modicum.blocks import find_blocks
 from modicum.cost import LayerCost
 from modicum.errors import UsageError
 from modicum.graph import Frozen
-from modicum.plan import Plan
+from modicum.plan import Pattern, Plan
 from modicum.units import count, size
 
 
@@ -30,9 +30,14 @@ class Row(Frozen):
 
 
 class Account(Frozen):
-    """The rows of `layers`, of the inverted residual `blocks`, and their `total`."""
+    """The rows of `layers`, of the inverted residual `blocks`, and their `total`.
+
+    `steps` are the inner steps that the account is of: those of one pattern.
+    """
 
     batch: int
+    steps: tuple[int, ...]
+    inner_steps: int
     layers: tuple[Row, ...]
     blocks: tuple[Row, ...]
     total: Row
@@ -45,7 +50,9 @@ class Account(Frozen):
             cells += [_cells(r) for r in self.blocks]
         cells.append(_cells(self.total))
         widths = [max(len(c[i]) for c in cells) for i in range(len(head))]
-        lines = [f"For a batch of {self.batch}:"]
+        steps = ", ".join(map(str, self.steps))
+        of = "" if self.inner_steps == len(self.steps) else f", inner steps {steps}"
+        lines = [f"For a batch of {self.batch}{of}:"]
         for c in cells:
             left = [f"{c[i]:<{widths[i]}}" for i in (0, 1)]
             right = [f"{c[i]:>{widths[i]}}" for i in range(2, len(head))]
@@ -53,24 +60,40 @@ class Account(Frozen):
         return "\n".join(lines)
 
 
-def account(plan: Plan, batch: int = 1) -> Account:
+def account(plan: Plan, batch: int = 1, step: int | None = None) -> Account:
     """MACs, FLOPs and kept bytes of one step with `batch` samples.
 
     Kept bytes grow with the batch but for bits, which are packed over all of it, and statistics
-    of a batch, of which there is one set.  Raises UsageError for a batch below 1.
+    of a batch, of which there is one set.  Where inner steps differ in what they update, it is the
+    account of the inner step `step`; without it, of those that keep most.  Raises UsageError for a
+    batch below 1.
     """
     if batch < 1:
         raise UsageError(f"a batch of {batch} samples", hint="1 or more")
+    if step is not None:
+        return _account(plan, batch, plan.patterns[plan.pattern_of(step)])
+    accounts = [_account(plan, batch, pattern) for pattern in plan.patterns]
+    return max(accounts, key=lambda a: a.total.saved)
+
+
+def _account(plan: Plan, batch: int, pattern: Pattern) -> Account:
     once = {node.name for node in plan.program.graph.nodes if node.op == "batch_stat_norm"}
-    rows = [_row(layer.name, layer.op, [layer], batch, once) for layer in plan.layers]
-    by_name = {layer.name: layer for layer in plan.layers}
+    rows = [_row(layer.name, layer.op, [layer], batch, once) for layer in pattern.layers]
+    by_name = {layer.name: layer for layer in pattern.layers}
     blocks = [
         _row(b.name, f"{len(b.nodes)} nodes", [by_name[n] for n in b.nodes if n in by_name],
              batch, once)
         for b in find_blocks(plan.graph)
     ]  # fmt: skip
-    total = _row("total", f"{len(rows)} nodes", plan.layers, batch, once)
-    return Account(batch=batch, layers=tuple(rows), blocks=tuple(blocks), total=total)
+    total = _row("total", f"{len(rows)} nodes", pattern.layers, batch, once)
+    return Account(
+        batch=batch,
+        steps=pattern.steps,
+        inner_steps=plan.inner_steps,
+        layers=tuple(rows),
+        blocks=tuple(blocks),
+        total=total,
+    )
 
 
 def _row(name: str, what: str, layers: Sequence[LayerCost], batch: int, once: set[str]) -> Row:

@@ -59,9 +59,11 @@ def adapt(
     may be a dataset with its Preprocess, which is read in batches.
 
     The learning rate follows `schedule` over all updates: "cosine" is
-    ``lr (1 + cos(pi t / T)) / 2`` in update t = 0 .. T-1.  With `record` the trace holds every
-    trained slice after every step.  ``trace.state`` holds what was learned.  Raises InvalidInput
-    for data that does not fit the plan or is not finite, UsageError for a stream of other batches.
+    ``lr (1 + cos(pi t / T)) / 2`` in update t = 0 .. T-1.  Each update is an inner step of the
+    plan: parameters whose step size is 0 in it do not move, nor does their state.  With `record`
+    the trace holds every trained slice after every step.  ``trace.state`` holds what was learned.
+    Raises InvalidInput for data that does not fit the plan or is not finite, UsageError for a
+    stream of other batches.
     """
     passes = _passes(plan, data, epochs, seed, micro_batch)
     tuned = apply(model, plan)
@@ -190,7 +192,6 @@ def _train(tuned: Tuned, passes: Passes, schedule: Schedule) -> Iterator[tuple[l
     """Yield (losses of the samples, seconds) per pass; its update has happened by then."""
     plan, device = tuned.plan, _device(tuned)
     optimizer = torch_optimizer(plan.optimizer, tuned, plan)
-    rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.zero_grad(set_to_none=True)
     tuned.train()
     samples = updates = 0
@@ -203,11 +204,7 @@ def _train(tuned: Tuned, passes: Passes, schedule: Schedule) -> Iterator[tuple[l
             )
         (losses.sum() / by).backward()
         if last:
-            factor = rate_factor(schedule, updates, passes.updates)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            update(optimizer, tuned, rate_factor(schedule, updates, passes.updates))
             updates += 1
         samples += len(x)
         yield losses.tolist(), time.perf_counter() - start
@@ -228,9 +225,11 @@ def sample_losses(plan: Plan, logits: Tensor, y: Tensor) -> Tensor:
 
 
 def torch_optimizer(config: SGD | Adam, tuned: Tuned, plan: Plan) -> torch.optim.Optimizer:
-    """The optimiser of a plan over the trained slices, with each slice's own step size."""
-    rates = {t.param: t.rate for t in plan.program.trained}
-    groups = [{"params": [p], "lr": config.lr * rates[n]} for n, p in tuned.trained.items()]
+    """The optimiser of a plan over the trained slices; `update` gives each its step size."""
+    rates = {t.param: t.rates for t in plan.program.trained}
+    groups: list[dict[str, Any]] = [
+        {"params": [p], "rates": rates[name]} for name, p in tuned.trained.items()
+    ]
     if isinstance(config, Adam):
         return torch.optim.Adam(
             groups, config.lr, config.betas, config.eps, weight_decay=config.weight_decay
@@ -238,6 +237,16 @@ def torch_optimizer(config: SGD | Adam, tuned: Tuned, plan: Plan) -> torch.optim
     return torch.optim.SGD(
         groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
+
+
+def update(optimizer: torch.optim.Optimizer, tuned: Tuned, factor: float = 1.0) -> None:
+    """The update of an inner step, with step sizes times `factor`; the next one comes after it."""
+    lr, step = tuned.plan.optimizer.lr, min(tuned.inner_step, tuned.plan.inner_steps - 1)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["rates"][step] * factor
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tuned.inner_step += 1
 
 
 def evaluate(tuned: Tuned, held: Held) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from modicum.capture import check_model, state_of
 from modicum.errors import UsageError
-from modicum.graph import Node
+from modicum.graph import Graph, Node
 from modicum.heads import class_means
+from modicum.lower import Program
 from modicum.ops import OPS
 from modicum.ops.base import Kept, Wanted
 from modicum.plan import Plan
@@ -35,17 +37,26 @@ def apply(model: nn.Module, plan: Plan) -> Tuned:
 
 
 class Tuned(nn.Module):
-    """A model under a plan.  `trained` maps parameter names to the trained slices."""
+    """A model under a plan.  `trained` maps parameter names to the trained slices.
+
+    Where the plan's step sizes differ by inner step, `inner_step` says what the next forward pass
+    is of: 0 at first, to be raised by one after each update.  Parameters whose step size is 0 in
+    it get no gradient, and nothing is kept for them.
+    """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.nodes = plan.program.graph.nodes
-        self._release = _last_uses(plan)
-        self._boundary = _boundary(plan)
-        self._in_place = _frozen_clamps(plan)
+        self.inner_step = 0
+        graph = self._graph = plan.program.graph
+        self.nodes = graph.nodes
+        self._release = _last_uses(graph)
+        self._ways = tuple(_Way.of(program) for program in plan.programs)
+        # what takes part in the backward pass of some inner step
+        self._moving = frozenset(name for way in self._ways for name in way.wanting)
+        self._boundary = _boundary(graph, self._moving)
         device = next(model.parameters()).device
-        values = materialise(plan.program.graph, state_of(model))
+        values = materialise(graph, state_of(model))
         self._slices = {t.param: t.slice for t in plan.program.trained}
         self._slots = nn.ParameterDict()
         # looked up at every node of every step, so neither by name nor by nn.Module's own search
@@ -69,29 +80,29 @@ class Tuned(nn.Module):
         return {**self.trained, **statistics}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._value(self._entering(x), self.nodes, self.plan.program.graph.output)
+        return self._value(self._entering(x, self._way.boundary), self.nodes, self._graph.output)
 
     def features(self, x: Tensor) -> Tensor:
         """What the last layer sees: (n, ...) -> (n, features)."""
-        return self._value(self._entering(x), self.nodes, self.nodes[-1].inputs[0])
+        return self._value(
+            self._entering(x, self._way.boundary), self.nodes, self.nodes[-1].inputs[0]
+        )
 
     def prefix(self, x: Tensor) -> dict[str, Tensor]:
         """What the frozen nodes hand to the others, for samples that pass more than once.
 
-        Each value has the samples in its first dimension; values of several batches can be
-        joined, and `features_after` goes on from there.
+        Those that are frozen in every inner step.  Each value has the samples in its first
+        dimension; values of several batches can be joined, and `features_after` goes on from there.
         """
-        wanted = self.plan.program.wanted
-        frozen = [n for n in self.nodes if not wanted[n.name].any]
-        values = self._entering(x)
-        for node in frozen:
-            self._advance(node, values, frozen=True)
+        values, way = self._entering(x, self._boundary), self._way
+        for node in self.nodes:
+            if node.name not in self._moving:
+                self._advance(way, node, values, frozen=True)
         return {name: values[name] for name in self._boundary}
 
     def features_after(self, prefix: Mapping[str, Tensor]) -> Tensor:
         """`features` of the samples that `prefix` was made of."""
-        wanted = self.plan.program.wanted
-        rest = [n for n in self.nodes if wanted[n.name].any]
+        rest = [n for n in self.nodes if n.name in self._moving]
         return self._value(dict(prefix), rest, self.nodes[-1].inputs[0])
 
     def head(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -120,40 +131,48 @@ class Tuned(nn.Module):
         means = class_means(features, y.to(prototypes.device), len(prototypes))
         prototypes.copy_(means)
 
-    def _entering(self, x: Tensor) -> dict[str, Tensor]:
+    def _entering(self, x: Tensor, boundary: frozenset[str]) -> dict[str, Tensor]:
         x = x.detach()
         if x.dim() == 4 and x.device.type == "cpu":
             # PyTorch's convolutions of one thread are up to seven times as fast that way, the
             # backward ones are not, and some of them are wrong: so only where nothing is kept
             x = x.contiguous(memory_format=torch.channels_last)
-        source = self.plan.program.graph.input
-        return {source: x.contiguous() if source in self._boundary else x}
+        source = self._graph.input
+        return {source: x.contiguous() if source in boundary else x}
+
+    @property
+    def _way(self) -> _Way:
+        return self._ways[self.plan.pattern_of(self.inner_step)]
 
     def _value(self, values: dict[str, Tensor], nodes: Sequence[Node], wanted: str) -> Tensor:
+        way = self._way
         for node in nodes:
             if wanted in values:
                 break
-            self._advance(node, values)
+            self._advance(way, node, values)
         return values[wanted]
 
-    def _advance(self, node: Node, values: dict[str, Tensor], frozen: bool = False) -> None:
+    def _advance(
+        self, way: _Way, node: Node, values: dict[str, Tensor], frozen: bool = False
+    ) -> None:
         """Run one node, and let go of what nothing after it reads."""
+        boundary = self._boundary if frozen else way.boundary
         inputs = [values[name] for name in node.inputs]
         for name in self._release[node.name]:
-            if not (frozen and name in self._boundary):
+            if not (frozen and name in boundary):
                 del values[name]
-        y = self._run(node, inputs)
-        values[node.name] = y.contiguous() if node.name in self._boundary else y
+        y = self._run(way, node, inputs)
+        values[node.name] = y.contiguous() if node.name in boundary else y
 
-    def _run(self, node: Node, inputs: list[Tensor]) -> Tensor:
+    def _run(self, way: _Way, node: Node, inputs: list[Tensor]) -> Tensor:
         op = OPS[node.op]
-        wanted = self.plan.program.wanted[node.name]
+        wanted = way.program.wanted[node.name]
         if not wanted.any:
             with torch.no_grad():
                 params = self._params(node, {})
                 if op.states and self.training:
                     return op.forward_saving(node, inputs, params)[0]
-                if node.name in self._in_place:
+                if node.name in way.in_place:
                     return torch.clamp_(inputs[0], node.attrs["lo"], node.attrs["hi"])
                 return op.forward(node, inputs, params)
         if op.plain_autograd:
@@ -162,7 +181,7 @@ class Tuned(nn.Module):
             slots = {role: self._slots[_slot(node.params[role])] for role in wanted.params}
             return op.forward(node, inputs, self._params(node, slots))
         trained = {role: self._slots[_slot(node.params[role])] for role in wanted.params}
-        y = _Step.apply(self, node, len(inputs), *inputs, *trained.values())
+        y = _Step.apply(self, way.program, node, len(inputs), *inputs, *trained.values())
         return cast(Tensor, y)
 
     def _params(self, node: Node, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,13 +215,34 @@ class Tuned(nn.Module):
         return whole
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How one pattern passes the nodes.
+
+    `wanting` take part in the backward pass; `boundary` is what the others, or the input, hand to
+    them; `in_place` are clamps that may overwrite what they clamp.
+    """
+
+    program: Program
+    wanting: frozenset[str]
+    boundary: frozenset[str]
+    in_place: frozenset[str]
+
+    @staticmethod
+    def of(program: Program) -> _Way:
+        graph = program.graph
+        wanting = frozenset(n.name for n in graph.nodes if program.wanted[n.name].any)
+        return _Way(program, wanting, _boundary(graph, wanting), _frozen_clamps(graph, wanting))
+
+
 class _Step(torch.autograd.Function):
     """One node: forward as the operator says, keeping what the plan says."""
 
     @staticmethod
-    def forward(ctx: Any, tuned: Tuned, node: Node, n_inputs: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, tuned: Tuned, program: Program, node: Node, n_inputs: int, *tensors: Tensor
+    ) -> Tensor:
         inputs, trained = tensors[:n_inputs], tensors[n_inputs:]
-        program = tuned.plan.program
         roles = list(program.wanted[node.name].params)
         params = tuned._params(node, dict(zip(roles, trained, strict=True)))
         op = OPS[node.op]
@@ -213,15 +253,14 @@ class _Step(torch.autograd.Function):
             y = op.forward(node, inputs, params)
         kept = [_keep(k, node, inputs, y, aux) for k in program.kept[node.name]]
         ctx.save_for_backward(*kept, *trained)
-        ctx.tuned, ctx.node, ctx.n_kept = tuned, node, len(kept)
+        ctx.tuned, ctx.program, ctx.node, ctx.n_kept = tuned, program, node, len(kept)
         ctx.shapes, ctx.y_shape = [tuple(x.shape) for x in inputs], tuple(y.shape)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        node, tuned = ctx.node, ctx.tuned
-        program = tuned.plan.program
+        node, tuned, program = ctx.node, ctx.tuned, ctx.program
         wanted: Wanted = program.wanted[node.name]
         saved = ctx.saved_tensors
         trained = dict(zip(wanted.params, saved[ctx.n_kept :], strict=True))
@@ -231,7 +270,7 @@ class _Step(torch.autograd.Function):
         ]
         params = tuned._params(node, trained)
         dx, grads = OPS[node.op].backward(node, dy, kept, params, wanted, ctx.shapes)
-        return (None, None, None, *dx, *(grads[role] for role in wanted.params))
+        return (None, None, None, None, *dx, *(grads[role] for role in wanted.params))
 
 
 def _keep(k: Kept, node: Node, inputs: Sequence[Tensor], y: Tensor, aux: Tensor | None) -> Tensor:
@@ -293,9 +332,8 @@ def _overlay(full: Tensor, part: Tensor, s: Slice) -> Tensor:
     return out
 
 
-def _last_uses(plan: Plan) -> dict[str, list[str]]:
+def _last_uses(graph: Graph) -> dict[str, list[str]]:
     """Node -> the values that nothing after it reads."""
-    graph = plan.program.graph
     release: dict[str, list[str]] = {n.name: [] for n in graph.nodes}
     for name, users in graph.consumers.items():
         if users and name != graph.output:
@@ -303,29 +341,27 @@ def _last_uses(plan: Plan) -> dict[str, list[str]]:
     return release
 
 
-def _frozen_clamps(plan: Plan) -> set[str]:
+def _frozen_clamps(graph: Graph, wanting: frozenset[str]) -> frozenset[str]:
     """Frozen clamps of a value that was made for them alone, which they may overwrite."""
-    graph, wanted = plan.program.graph, plan.program.wanted
-    clamps = (n for n in graph.nodes if n.op == "clamp" and not wanted[n.name].any)
+    clamps = (n for n in graph.nodes if n.op == "clamp" and n.name not in wanting)
     makers = {n.name: graph.by_name.get(n.inputs[0]) for n in clamps}
     fresh = ("conv2d", "linear", "batch_norm", "add")
-    return {
+    return frozenset(
         clamp
         for clamp, maker in makers.items()
         if maker is not None
         and maker.op in fresh
-        and not wanted[maker.name].any
+        and maker.name not in wanting
         and len(graph.consumers[maker.name]) == 1
         and not graph.by_name[clamp].attrs.get("sign")
-    }
+    )
 
 
-def _boundary(plan: Plan) -> set[str]:
-    """What frozen nodes, or the input, hand to nodes that take part in the backward pass."""
-    graph, wanted = plan.program.graph, plan.program.wanted
-    frozen = {graph.input, *(n.name for n in graph.nodes if not wanted[n.name].any)}
-    read = {v for n in graph.nodes if wanted[n.name].any for v in n.inputs}
-    return frozen & read
+def _boundary(graph: Graph, wanting: frozenset[str]) -> frozenset[str]:
+    """What the input and the other nodes hand to nodes that take part in the backward pass."""
+    others = {graph.input, *(n.name for n in graph.nodes)} - wanting
+    read = {v for n in graph.nodes if n.name in wanting for v in n.inputs}
+    return frozenset(others & read)
 
 
 def _slot(name: str) -> str:

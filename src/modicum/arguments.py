@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from modicum.fewshot import FineTune
     from modicum.graph import Graph
     from modicum.heads import FewShot
-    from modicum.meta import MetaTrain
+    from modicum.meta import MetaTrain, Rule
+    from modicum.meta.rl import RL, Environment
     from modicum.methods import Method, Observed
     from modicum.optim import SGD, Adam
     from modicum.plan import Plan
@@ -385,6 +386,73 @@ def parse_metatrain(values: dict[str, Any]) -> MetaTrain:
     from modicum.meta import MetaTrain
 
     return _valid(MetaTrain, values, "metatrain")
+
+
+def parse_rule(spec: str) -> Rule:
+    """A meta-learning rule from name or name:key=value,key=value."""
+    from modicum.meta import RULES
+
+    name, values = parse_spec(spec) if ":" in spec else (spec, {})
+    if name not in RULES:
+        raise UsageError(f"no rule is called {name!r}", hint=", ".join(RULES))
+    return _valid(RULES[name], values, f"rule {name}")
+
+
+def parse_rl(values: dict[str, Any], outer: Sequence[str]) -> RL:
+    """A meta-training of a policy from its fields, and those of its outer rule."""
+    from modicum.meta.rl import RL, TRPO
+
+    trpo = _valid(TRPO, _fields(outer, "--outer "), "--outer")
+    return _valid(RL, {**values, "outer": trpo}, "metatrain-rl")
+
+
+def parse_environment(name: str, horizon: int | None) -> Environment:
+    """An environment by its name, with episodes of its own length if nothing else is said."""
+    from modicum.meta.rl import ENVIRONMENTS
+
+    if name not in ENVIRONMENTS:
+        raise UsageError(f"no environment is called {name!r}", hint=", ".join(ENVIRONMENTS))
+    return ENVIRONMENTS[name](**({} if horizon is None else {"horizon": horizon}))
+
+
+def make_policy(
+    environment: Environment, hidden: str, std: float, weights: Path | None, seed: int
+) -> nn.Module:
+    """A Gaussian policy of an environment; its initial weights are drawn from the seed."""
+    import torch
+
+    from modicum.models import GaussianPolicy, load_weights, read_weights
+
+    sizes = hidden.split(",")
+    if not all(part.strip().isdigit() and int(part) for part in sizes):
+        raise UsageError(f"--hidden {hidden} are no sizes of layers", hint="--hidden 100,100")
+    if not std > 0:
+        raise UsageError(f"--std {std:g} is no deviation", hint="--std 1")
+    torch.manual_seed(seed)
+    net = GaussianPolicy(
+        environment.observations, environment.actions, [int(part) for part in sizes], std
+    )
+    if weights is not None:
+        load_weights(net, dict(read_weights(weights)))
+    return net
+
+
+def load_to_metatrain(spec: str, shape: str, weights: Path | None, config: MetaTrain) -> nn.Module:
+    """A network as a rule takes it: with a cosine head for prototypes, or as many outputs as a
+    task has ways."""
+    if config.rule.kind == "protonet":
+        return load_few_shot(spec, shape, weights, config.episode)
+    low, high = config.episode.range
+    if low != high:
+        raise UsageError(
+            f"tasks of {low} to {high} ways do not fit a head",
+            why=f"{config.rule.kind} learns a head of so many outputs",
+            hint="--ways 5, or --rule protonet",
+        )
+    from modicum.methods import Full
+
+    classes = None if ":" in spec else high
+    return load_model(spec, weights, shape, classes, Full())[0]
 
 
 def few_shot_models(

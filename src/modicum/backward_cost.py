@@ -10,10 +10,12 @@ the optimiser's states.  Frozen weights are left out: they are in flash.  Our ow
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from modicum.graph import Frozen, Graph
 from modicum.lower import choose_saved, prepare, saved_bytes, updates_of, wanted_gradients
 from modicum.ops import OPS
+from modicum.ops.base import Wanted
 from modicum.ops.conv2d import is_depthwise
 from modicum.optim import SGD, Adam
 from modicum.selection import Selection, Update
@@ -22,8 +24,10 @@ from modicum.selection import Selection, Update
 class BackwardCost(Frozen):
     """Bytes for one sample, and multiply-accumulates of its backward pass.
 
-    io: the largest input + output of a layer; saved: kept from the forward to the backward pass;
-    updated: parameters; copies: floats held for each of them (itself, gradient, states).
+    Where inner steps differ in what they update, kept bytes and MACs are those of the step with the
+    most, and the updated parameters those of all.  io: the largest input + output of a layer;
+    saved: kept from the forward to the backward pass; updated: parameters; copies: floats held for
+    each of them (itself, gradient, states).
     """
 
     io: int
@@ -57,17 +61,22 @@ class BackwardCost(Frozen):
 
 def backward_cost(graph: Graph, selection: Selection, optimizer: SGD | Adam) -> BackwardCost:
     """What a selection costs; a pure function of the graph, quick enough for a search."""
+    selection = selection.without_idle()
     prepared = prepare(graph, selection)
     updates = updates_of(selection)
-    wanted = wanted_gradients(prepared, updates)
-    macs = [OPS[n.op].macs(prepared, n, wanted[n.name]) for n in prepared.nodes]
+    steps = [wanted_gradients(prepared, updates, step) for step, *_ in selection.patterns]
     return BackwardCost(
         io=io_peak(prepared),
-        saved=saved_bytes(prepared, choose_saved(prepared, wanted)),
+        saved=max(saved_bytes(prepared, choose_saved(prepared, wanted)) for wanted in steps),
         updated=sum(_size(prepared, n, u) for n, u in updates.items()),
         copies=2 + len(optimizer.states),
-        macs=sum(m.dx + m.dw for m in macs),
+        macs=max(_macs(prepared, wanted) for wanted in steps),
     )
+
+
+def _macs(graph: Graph, wanted: Mapping[str, Wanted]) -> int:
+    macs = (OPS[n.op].macs(graph, n, wanted[n.name]) for n in graph.nodes)
+    return sum(m.dx + m.dw for m in macs)
 
 
 def io_peak(graph: Graph) -> int:

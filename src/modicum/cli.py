@@ -28,18 +28,23 @@ from modicum.arguments import (
     load_model,
     load_plan,
     load_samples,
+    load_to_metatrain,
     make_network,
+    make_policy,
     model_of_plan,
     no_data,
     observed,
     parse_augment,
     parse_choice,
     parse_contenders,
+    parse_environment,
     parse_episodes,
     parse_metatrain,
     parse_method,
     parse_numbers,
     parse_optimizer,
+    parse_rl,
+    parse_rule,
     parse_shape,
     parse_tune,
     preprocess_of,
@@ -193,8 +198,18 @@ def metatrain(
     model: ModelArg,
     data: Annotated[Path, typer.Option(help="Images to draw tasks from: a folder, a zip, .npz.")],
     out: Annotated[Path, typer.Option(help="The folder of what comes of it; a rerun goes on.")],
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="protonet, maml, anil, boil, maml++, reptile or p-meta, with fields: "
+            "maml:steps=5,rate=0.1,norms=frozen."
+        ),
+    ] = "protonet",
     validation: Annotated[
         Path | None, typer.Option(help="Images of other classes, to keep the best epoch by.")
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="Images of yet other classes, to judge the result on.")
     ] = None,
     input: Input = "",
     mean: Mean = "",
@@ -205,16 +220,25 @@ def metatrain(
     queries: Annotated[int, typer.Option(min=1, help="Query images of each class.")] = 15,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs.")] = 100,
     episodes: Annotated[int, typer.Option(min=1, help="Tasks of an epoch.")] = 2000,
-    tasks: Annotated[int, typer.Option(min=1, help="Tasks of an update.")] = 1,
-    rate: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = 5e-5,
-    warmup: Annotated[float, typer.Option(help="Epochs in which the rate rises.")] = 5,
-    norms: Annotated[
-        str, typer.Option(help="frozen, or batch: norms follow the statistics of each task.")
-    ] = "frozen",
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Tasks of an update (protonet 1, others 4).")
+    ] = None,
+    together: Annotated[int, typer.Option(min=1, help="Tasks computed at once (vmap).")] = 1,
+    optimizer: Annotated[
+        str, typer.Option(help="Outer optimiser: sgd or adam (protonet and reptile sgd).")
+    ] = "",
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Outer rate after the warm-up (protonet 5e-5, reptile 1, others 1e-3)."),
+    ] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Epochs in which the rate rises (protonet 5, others 0).")
+    ] = None,
     augment: Annotated[
         str, typer.Option(help="none, resized or pad, with fields: pad:pad=2,flip=false.")
     ] = "none",
     validation_tasks: Annotated[int, typer.Option(min=1, help="Tasks to validate on.")] = 100,
+    test_tasks: Annotated[int, typer.Option(min=1, help="Tasks to judge the result on.")] = 600,
     seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -222,20 +246,69 @@ def metatrain(
     from modicum.meta import metatrain as train
     from modicum.tasks import load
 
-    rule = parse_episodes(ways, shots, queries)
+    episode = parse_episodes(ways, shots, queries)
+    given = {"tasks": tasks, "optimizer": optimizer or None, "rate": rate, "warmup": warmup}
     config = parse_metatrain({
-        "epochs": epochs, "episodes": episodes, "tasks": tasks, "episode": rule, "rate": rate,
-        "warmup": warmup, "norms": norms, "augment": parse_augment(augment), "seed": seed,
+        **{key: value for key, value in given.items() if value is not None},
+        "rule": parse_rule(rule), "epochs": epochs, "episodes": episodes, "episode": episode,
+        "together": together, "augment": parse_augment(augment), "seed": seed,
         "validation": validation_tasks,
     })  # fmt: skip
     shape = parse_shape(input or default_input(model))
     shown = preprocess_of(shape, model, mean, std)
-    images, held = load(data), None if validation is None else load(validation)
-    net = load_few_shot(model, input, weights, rule)
-    trace = train(net, images, shown, config, out=out, validation=held, progress=True)
+    images, *held = (None if p is None else load(p) for p in (data, validation, test))
+    assert images is not None
+    net = load_to_metatrain(model, input, weights, config)
+    trace = train(net, images, shown, config, out=out, validation=held[0], test=held[1],
+                  test_tasks=test_tasks, progress=True)  # fmt: skip
     if is_first_process():
         _show(as_json, {**trace.model_dump(mode="json"), "weights": str(out / "weights.pt")},
               f"{trace}\n{out / 'weights.pt'}: the weights")  # fmt: skip
+
+
+@command("metatrain-rl")
+def metatrain_rl(
+    environment: Annotated[
+        str, typer.Argument(help="navigation, cheetah-direction or cheetah-velocity.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of what comes of it; a rerun goes on.")],
+    rule: Annotated[
+        str, typer.Option(help="maml, anil, boil or p-meta, with fields: p-meta:steps=1,share=0.5.")
+    ] = "maml:steps=1,rate=0.1",
+    horizon: Annotated[
+        int | None, typer.Option(min=1, help="Steps of an episode (navigation 100, cheetah 200).")
+    ] = None,
+    hidden: Annotated[str, typer.Option(help="Sizes of the policy's hidden layers.")] = "100,100",
+    std: Annotated[float, typer.Option(help="Deviation of its actions at first.")] = 1.0,
+    weights: Annotated[Path | None, typer.Option(help="Weights of a policy to start from.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Updates of the outer rule.")] = 500,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks of an update.")] = 20,
+    episodes: Annotated[
+        int, typer.Option(min=2, help="Episodes of a task, before each inner step and after.")
+    ] = 20,
+    discount: Annotated[float, typer.Option(min=0, max=1, help="Discount of rewards.")] = 0.99,
+    gae: Annotated[float, typer.Option(min=0, max=1, help="Lambda of the advantages.")] = 1.0,
+    outer: Annotated[
+        list[str] | None,
+        typer.Option(help="A field of TRPO, the outer rule: --outer kl=0.02."),
+    ] = None,
+    test: Annotated[int, typer.Option(min=0, help="Other tasks, to judge the result on.")] = 40,
+    updates: Annotated[int, typer.Option(min=1, help="Inner steps when it is judged.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the policy, tasks and episodes.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a policy that a few policy-gradient steps adapt to a task, by MAML or p-Meta."""
+    from modicum.meta.rl import metatrain_rl as train
+
+    config = parse_rl({
+        "rule": parse_rule(rule), "iterations": iterations, "tasks": tasks, "episodes": episodes,
+        "discount": discount, "gae": gae, "test": test, "updates": updates, "seed": seed,
+    }, outer or [])  # fmt: skip
+    place = parse_environment(environment, horizon)
+    policy = make_policy(place, hidden, std, weights, seed)
+    made = train(policy, place, config, out=out, progress=True)
+    text = f"{made}\n{out / 'returns.svg'}: the returns; {out / 'weights.pt'}: the weights"
+    _show(as_json, {**made.as_dict(), "weights": str(out / "weights.pt")}, text)
 
 
 @command()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from modicum.board import Board
 from modicum.graph import Frozen
 from modicum.lower import Program, lower_inference, saved_key
-from modicum.memory import Placement, lower_bound
-from modicum.ops.base import Const, Indices, Kept, Struct, count
+from modicum.memory import Placement, lower_bound, persistent_bytes
+from modicum.ops.base import Const, Expr, Indices, Kept, Struct, count
 from modicum.selection import Slice
 
 # Measured on the emulated boards with the emitted port (gcc 12): the deepest stack of a training
@@ -26,7 +28,7 @@ KERNEL_CODE = {
     **{"mo_adaptive_avgpool_forward": 564, "mo_adaptive_avgpool_backward": 492},
     **{"mo_add": 60, "mo_copy_blocks": 416, "mo_gather": 68, "mo_transpose": 56},
     **{"mo_assemble": 480, "mo_cross_entropy": 736, "mo_mse": 68},
-    **{"mo_sgd": 36, "mo_momentum": 52, "mo_adam": 124, "memset": 160},
+    **{"mo_sgd": 36, "mo_momentum": 52, "mo_adam": 124, "mo_adam_counted": 244, "memset": 160},
     **{"mo_sign_pack": 700, "mo_sign_backward": 240},
     **{"mo_hardswish_forward": 92, "mo_hardswish_backward": 96},
     **{"mo_hardsigmoid_forward": 84, "mo_hardsigmoid_backward": 260},
@@ -74,8 +76,25 @@ class LayerCost(Frozen):
         return 2 * self.macs_forward + self.others[0], backward
 
 
+class StepCost(Frozen):
+    """One inner step: its pattern (an index), the layers that it trains, and what it needs.
+
+    saved: bytes kept from the forward to the backward pass; dynamic: the arena without what is
+    persistent.  The last step of a plan stands for all later ones.
+    """
+
+    step: int
+    pattern: int
+    trains: tuple[str, ...]
+    saved: int
+    dynamic: int
+    macs_backward: int
+
+
 class Cost(Frozen):
     """Bytes, MACs and other operations of one training step with batch 1.
+
+    Where inner steps differ in what they update, each figure is that of the step with the most.
 
     floor: live bytes of inference alone, which no selection goes below; lower_bound: the most
     bytes live at once; arena: what was placed, persistent part (trained weights, optimiser
@@ -116,38 +135,66 @@ class Cost(Frozen):
 
 
 def cost(program: Program, placement: Placement, board: Board | None) -> Cost:
+    return worst_cost([(program, placement)], board)
+
+
+def worst_cost(placed: Sequence[tuple[Program, Placement]], board: Board | None) -> Cost:
+    """Of the programs of one plan together: each figure is that of the program with the most."""
+    programs, placements = [p for p, _ in placed], [at for _, at in placed]
+    program, arena = programs[0], max(at.arena for at in placements)
     inference = lower_inference(program.graph)
     by_kind = {kind: 0 for kind in ("weight", "optimizer", "accumulator")}
     for buffer in program.buffers.values():
         if buffer.kind in by_kind:
             by_kind[buffer.kind] += buffer.bytes
     linux = board is not None and board.kind == "linux"
-    static = static_bytes(program, placement.arena)
+    static = static_bytes(program, arena)
     stack = LINUX_STACK if linux else MCU_STACK
-    weights, code = flash(program)
+    weights, code = flash(*programs)
     trained = sum(t.size for t in program.trained)
     return Cost(
         floor=lower_bound(inference),
         floor_at=_peak_node(inference),
-        lower_bound=placement.lower_bound,
-        arena=placement.arena,
-        saved=program.saved_bytes,
+        lower_bound=max(at.lower_bound for at in placements),
+        arena=arena,
+        saved=max(p.saved_bytes for p in programs),
         trained_params=trained,
         trained_bytes=by_kind["weight"],
         optimizer_bytes=by_kind["optimizer"],
         accumulator_bytes=by_kind["accumulator"],
         static=static,
         stack=stack,
-        ram=placement.arena + static + stack,
+        ram=arena + static + stack,
         flash_weights=weights,
         flash_code=code,
         flash=weights + code,
         upload=4 * sum(t.size for t in program.learned),
         macs_forward=sum(m.forward for m in program.macs.values()),
-        macs_backward=sum(m.dx + m.dw for m in program.macs.values()),
-        others_forward=sum(m.others[0] for m in program.macs.values()),
-        others_backward=sum(m.others[1] for m in program.macs.values()),
+        macs_backward=max(map(_macs_backward, programs)),
+        others_forward=max(sum(m.others[0] for m in p.macs.values()) for p in programs),
+        others_backward=max(sum(m.others[1] for m in p.macs.values()) for p in programs),
     )
+
+
+def _macs_backward(program: Program) -> int:
+    return sum(m.dx + m.dw for m in program.macs.values())
+
+
+def step_costs(placed: Sequence[tuple[Program, Placement]]) -> tuple[StepCost, ...]:
+    """One row per inner step, from the programs of a plan."""
+    rows = {}
+    for pattern, (program, at) in enumerate(placed):
+        trains = tuple(n.name for n in program.graph.nodes if program.wanted[n.name].params)
+        for step in program.inner:
+            rows[step] = StepCost(
+                step=step,
+                pattern=pattern,
+                trains=trains,
+                saved=program.saved_bytes,
+                dynamic=at.arena - persistent_bytes(program, at.offsets),
+                macs_backward=_macs_backward(program),
+            )
+    return tuple(rows[step] for step in sorted(rows))
 
 
 def static_bytes(program: Program, arena: int) -> int:
@@ -176,6 +223,8 @@ def flash(*programs: Program) -> tuple[int, int]:
             data += 2 * len(a.channels)
         elif isinstance(a, Struct):
             data += 4 * len(a.fields)
+    tables = {a.table for call in calls for a in call.args if isinstance(a, Expr) and a.table}
+    data += sum(4 * len(table.values) for table in tables)
     initial = {(t.param, t.layout, t.slice): 4 * t.size for p in programs for t in p.learned}
     frozen = {(a.param, a.layout, Slice()) for a in args if isinstance(a, Const) and not a.channels}
     data += sum(n for key, n in initial.items() if key not in frozen)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from modicum.adapt import Diverged, accuracy, predict, progress_bar, torch_optimizer
+from modicum.adapt import Diverged, accuracy, predict, progress_bar, torch_optimizer, update
 from modicum.apply import Tuned, apply
 from modicum.data import Data, check_data, check_inputs, check_samples
 from modicum.errors import UsageError
@@ -71,10 +71,11 @@ def fine_tune(
 ) -> tuple[Tuned, Learned]:
     """Learn a task from its support set (n, ...), (n,), and return the model with what it cost.
 
-    `plan` is of a `few_shot` model with as many ways as the task; a model with a linear head
-    learns the pseudo-queries themselves.  `queries` are the task's unlabelled queries, for
-    `entropy`.  `model` is left alone.  Raises Diverged, UsageError for a class without a support
-    sample, and InvalidInput for images or labels that do not belong to the plan's graph.
+    Each iteration is an inner step of the plan.  `plan` is of a `few_shot` model with as many ways
+    as the task; a model with a linear head learns the pseudo-queries themselves.  `queries` are the
+    task's unlabelled queries, for `entropy`.  `model` is left alone.  Raises Diverged, UsageError
+    for a class without a support sample, and InvalidInput for images or labels that do not belong
+    to the plan's graph.
     """
     config = config or FineTune()
     start = time.perf_counter()
@@ -88,8 +89,7 @@ def fine_tune(
         if not np.isfinite(learned.losses[-1]):
             raise Diverged(f"the loss is not finite in step {step}", hint="a smaller learning rate")
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(optimizer, tuned)
         if on_step is not None:
             on_step(step, learned.losses[-1])
     task.finish()

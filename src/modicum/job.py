@@ -15,7 +15,7 @@ from modicum.errors import InvalidInput
 
 Array = NDArray[np.float32]
 
-PREDICT, TRAIN, EXPORT, IMPORT, CLEAR, ADD, SELECT = range(7)
+PREDICT, TRAIN, EXPORT, IMPORT, CLEAR, ADD, SELECT, CLEAR_STEPS = range(8)
 PARAMETERS, PAINT, MICROSECONDS = 1, 2, 256
 JOB, TRACE, END = b"MOJB", b"MOTR", b"MOND"
 
@@ -72,6 +72,10 @@ class Job:
     def select(self, member: int) -> None:
         """Go on with a member of a candidate set, in its initial state."""
         self.parts.append(_words(SELECT, member))
+
+    def clear_steps(self) -> None:
+        """The next update is the first inner step again, from the weights that there are."""
+        self.parts.append(_words(CLEAR_STEPS, 0))
 
     def export_state(self) -> None:
         self.parts.append(_words(EXPORT, 0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate as running
 from typing import Any, Literal
 
 from modicum.errors import UsageError
@@ -19,6 +20,7 @@ from modicum.ops.base import (
     Arg,
     BackwardArgs,
     Buf,
+    ByStep,
     Call,
     Const,
     Expr,
@@ -97,16 +99,21 @@ class Step:
 class Trained:
     """A parameter slice that training changes, as it lives in RAM.
 
-    The optimiser trains it, or, a `statistic`, the forward pass moves it.
+    The optimiser trains it, or, a `statistic`, the forward pass moves it.  `rates` are its step
+    sizes relative to the optimiser's, one for each inner step of the plan.
     """
 
     param: str
     slice: Slice
     shape: tuple[int, ...]
     layout: Layout
-    rate: float
+    rates: tuple[float, ...]
     buffer: str
     statistic: bool = False
+
+    def rate(self, step: int) -> float:
+        """Of an inner step; from the last one on they stay as they are."""
+        return self.rates[min(step, len(self.rates) - 1)]
 
     @property
     def size(self) -> int:
@@ -123,6 +130,9 @@ class Program:
     `graph` is the prepared graph (batch norms folded where nothing trains them).  `kept` and
     `wanted` say per node what stays for the backward pass and what it computes.  `trained` are
     the slices that the optimiser trains, `statistics` what norms move in the forward pass.
+
+    A plan has one program for all `inner` steps that update the same slices.  Those of `trained`
+    that other steps update lie in RAM all the same, and are read from there.
     """
 
     graph: Graph
@@ -140,6 +150,12 @@ class Program:
     input_buffer: str
     output_buffer: str
     refresh: Call | None = None  # adds the sample that passed to the prototypes
+    inner: tuple[int, ...] = (0,)
+
+    @property
+    def updated(self) -> tuple[Trained, ...]:
+        """Those of `trained` that these inner steps update."""
+        return tuple(t for t in self.trained if t.rate(self.inner[0]))
 
     @property
     def learned(self) -> tuple[Trained, ...]:
@@ -157,7 +173,7 @@ class Program:
         last = len(self.steps) - 1
         spans: dict[str, tuple[int, int]] = {}
         for i, step in enumerate(self.steps):
-            for name in step.reads | step.writes:
+            for name in sorted(step.reads | step.writes):  # a set's order is the process's
                 spans[name] = (spans.get(name, (i, i))[0], i)
         spans[self.input_buffer] = (0, spans.get(self.input_buffer, (0, 0))[1])
         for name, buffer in self.buffers.items():
@@ -194,12 +210,14 @@ def lower(
     loss: Loss = "cross_entropy",
     accumulate: int = 1,
     order: Order = "dx-first",
+    step: int = 0,
 ) -> Program:
     """Lower one training step.
 
     `accumulate` gradients are accumulated before an update.  `order` says which of a layer's two
-    gradients comes first when its weight is updated at once; the plan tries both.  Raises
-    UsageError when the selection does not fit the graph.
+    gradients comes first when its weight is updated at once; the plan tries both.  The program is
+    that of the inner step `step`, and of all that update the same.  Raises UsageError when the
+    selection does not fit the graph.
     """
     check_selection(graph, selection)
     _check_modes(graph, selection)
@@ -212,17 +230,19 @@ def lower(
     prepared = prepare(graph, selection)
     updates = updates_of(selection)
     _refuse_what_is_not_there_yet(prepared, updates)
-    wanted = wanted_gradients(prepared, updates)
+    wanted = wanted_gradients(prepared, updates, step)
     kept = choose_saved(prepared, wanted)
-    return _Lowering(prepared, updates, wanted, kept, optimizer, loss, accumulate, order).program()
+    low = _Lowering(prepared, selection, step, wanted, kept, optimizer, loss, accumulate, order)
+    return low.program()
 
 
 def lower_inference(graph: Graph) -> Program:
     """The forward pass alone, everything frozen: its peak is the floor of every plan."""
-    prepared = prepare(graph, Selection(updates=()))
+    nothing = Selection(updates=())
+    prepared = prepare(graph, nothing)
     wanted = {n.name: Wanted((False,) * len(n.inputs)) for n in prepared.nodes}
     kept: dict[str, tuple[Kept, ...]] = {n.name: () for n in prepared.nodes}
-    low = _Lowering(prepared, {}, wanted, kept, SGD(), "cross_entropy", 1, "dx-first")
+    low = _Lowering(prepared, nothing, 0, wanted, kept, SGD(), "cross_entropy", 1, "dx-first")
     return low.program(train=False)
 
 
@@ -267,14 +287,15 @@ def _check_batch_norm(graph: Graph, name: str) -> None:
 
 
 def prepare(graph: Graph, selection: Selection) -> Graph:
-    """Write the selection's decisions into the graph's operators.
+    """Write the selection's decisions into the graph's operators, for all inner steps alike.
 
-    A batch norm whose statistics are frozen becomes part of the convolution before it: folded
-    into its weight where the selection trains neither, one `norm_conv2d` where the weight is
-    trained whole.  One that stays gets its missing scale and shift, and its 1 / sqrt(var + eps),
-    as constants.  A frozen standardised weight becomes a constant; its convolution is not joined
-    with a norm.  Norms with batch statistics become `batch_stat_norm`; activations with a sign
-    mask get the attribute `sign`.  A probed value passes through a `probe`.
+    A batch norm whose statistics are frozen becomes part of the convolution before it: folded into
+    its weight where the selection trains neither, one `norm_conv2d` where the weight is trained
+    whole, and in every step that trains the norm's scale.  One that stays gets its missing scale
+    and shift, and its 1 / sqrt(var + eps), as constants.  A frozen standardised weight becomes a
+    constant; its convolution is not joined with a norm.  Norms with batch statistics become
+    `batch_stat_norm`; activations with a sign mask get the attribute `sign`.  A probed value passes
+    through a `probe`.
     """
     updates = {u.param: u for u in selection.updates}
     params, nodes = dict(graph.params), []
@@ -375,9 +396,17 @@ def _foldable(node: Node, bn: Node, updates: Mapping[str, Update]) -> bool:
 
 
 def _mergeable(graph: Graph, node: Node, bn: Node, updates: Mapping[str, Update]) -> bool:
-    """The convolution's weight is trained whole, its bias not, the norm's entries whole or not."""
+    """The convolution's weight is trained whole, its bias not, the norm's entries whole or not.
+
+    The norm's scale is not trained in a step without the weight: see `NormConv2d`.
+    """
     if node.op != "conv2d" or node.params["weight"] not in updates:
         return False
+    weight, scale = updates[node.params["weight"]], updates.get(bn.params.get("weight", ""))
+    if scale is not None:
+        steps = range(max(len(weight.rates), len(scale.rates)))
+        if any(scale.rate(k) and not weight.rate(k) for k in steps):
+            return False
     names = [node.params["weight"], *bn.params.values()]
     slices = [_normal(updates[n].slice, graph.params[n].shape) for n in names if n in updates]
     shared = any(len(graph.users_of(n)) > 1 for n in names)
@@ -445,8 +474,6 @@ def _refuse_what_is_not_there_yet(graph: Graph, updates: Mapping[str, Update]) -
                 where=where,
                 hint="leave it out of the selection",
             )
-        if len(update.rates) != 1:
-            raise UsageError(f"{name!r} has a step size per inner step; training has one so far")
         (node, role) = users[0]
         part = _normal(update.slice, graph.params[name].shape)
         if role == "weight" and standardised(node) and not part.whole:
@@ -457,15 +484,20 @@ def _refuse_what_is_not_there_yet(graph: Graph, updates: Mapping[str, Update]) -
             )
 
 
-def wanted_gradients(graph: Graph, updates: Mapping[str, Update]) -> dict[str, Wanted]:
-    """Per node, which gradients it owes: back-propagation stops at the deepest trained layer."""
+def wanted_gradients(
+    graph: Graph, updates: Mapping[str, Update], step: int = 0
+) -> dict[str, Wanted]:
+    """Per node, which gradients it owes in the inner step `step`.
+
+    Back-propagation stops at the deepest layer that is trained in it.
+    """
     needs: set[str] = set()
     wanted = {}
     for node in graph.nodes:
         params = {}
         for role in OPS[node.op].roles:
             update = updates.get(node.params.get(role, ""))
-            if update is not None:
+            if update is not None and update.rate(step):
                 full = graph.params[update.param].shape
                 params[role] = _normal(update.slice, full)
         dx = tuple(x in needs for x in node.inputs)
@@ -502,7 +534,8 @@ class _Lowering:
     def __init__(
         self,
         graph: Graph,
-        updates: Mapping[str, Update],
+        selection: Selection,
+        step: int,
         wanted: Mapping[str, Wanted],
         kept: Mapping[str, tuple[Kept, ...]],
         optimizer: SGD | Adam,
@@ -510,7 +543,10 @@ class _Lowering:
         accumulate: int,
         order: Order,
     ) -> None:
-        self.graph, self.updates, self.wanted, self.kept = graph, updates, wanted, kept
+        self.graph, self.wanted, self.kept = graph, wanted, kept
+        self.updates = updates_of(selection)
+        self.inner_steps, self.patterns = selection.inner_steps, selection.patterns
+        self.inner = next(p for p in self.patterns if min(step, self.inner_steps - 1) in p)
         self.optimizer, self.loss, self.accumulate, self.order = optimizer, loss, accumulate, order
         self.buffers: dict[str, Buffer] = {}
         self.steps: list[Step] = []
@@ -559,6 +595,7 @@ class _Lowering:
             input_buffer=self.where[source],
             output_buffer=output,
             refresh=self._refresh(),
+            inner=self.inner,
         )
 
     def _refresh(self) -> Call | None:
@@ -595,13 +632,18 @@ class _Lowering:
         }
 
     def _trained_parameters(self) -> None:
+        """What any inner step trains: all of it in RAM, at the same place in all programs."""
         for node in self.graph.nodes:
-            for role, s in self.wanted[node.name].params.items():
-                name = node.params[role]
-                shape = s.shape(self.graph.params[name].shape)
+            for role in OPS[node.op].roles:
+                name = node.params.get(role, "")
+                update = self.updates.get(name)
+                if update is None:
+                    continue
+                full = self.graph.params[name].shape
+                s = _normal(update.slice, full)
                 layout = OPS[node.op].layout(self.graph, node, role)
-                update = self.updates[name]
-                trained = Trained(name, s, shape, layout, update.rates[0], f"w:{name}")
+                rates = tuple(map(update.rate, range(self.inner_steps)))
+                trained = Trained(name, s, s.shape(full), layout, rates, f"w:{name}")
                 size = 4 * trained.size
                 self._buffer(trained.buffer, size, "weight", True, name)
                 for state in self.optimizer.states:
@@ -615,7 +657,7 @@ class _Lowering:
             for role in (*OPS[node.op].states, *OPS[node.op].refreshed):
                 name = node.params[role]
                 shape = self.graph.params[name].shape
-                t = Trained(name, Slice(), shape, "plain", 0.0, f"w:{name}", statistic=True)
+                t = Trained(name, Slice(), shape, "plain", (), f"w:{name}", statistic=True)
                 self._buffer(t.buffer, 4 * t.size, "weight", True, name)
                 self.trained[name] = t
 
@@ -827,7 +869,7 @@ class _Lowering:
         if "scale" in wanted.params:
             self._with_scale(node, dy)
             return
-        if node.op == "norm_conv2d":
+        if node.op == "norm_conv2d" and (any(wanted.dx) or "weight" in wanted.params):
             dy = self._scaled(node, dy, copy=bool(self.pending[dy]))
         if "weight" not in wanted.params:
             self._input_gradients(node, dy)
@@ -1091,14 +1133,25 @@ class _Lowering:
         n: Arg = row_elems if rows == 1 else Expr(f"(row_end - row) * {row_elems}")
         w = Buf(t.buffer, "rw", rows=step)
         states = [Buf(f"{s}:{t.param}", "rw", rows=step) for s in self.optimizer.states]
-        lr = Expr("lr") if t.rate == 1.0 else Expr(f"{t.rate!r}f * lr")
-        o = self.optimizer
+        lr, o = self._learning_rate(t), self.optimizer
+        if isinstance(o, Adam) and len(self.patterns) > 1:
+            done = tuple(running(int(rate > 0) for rate in t.rates))
+            updates = Expr("{table}[inner] + beyond", ByStep("uint32_t", done))
+            counted = (*o.betas, o.eps, updates, o.weight_decay)
+            return Call("mo_adam_counted", (w, Buf(grad), *states, n, lr, *counted))
         if isinstance(o, Adam):
             more: tuple[Arg, ...] = (*o.betas, o.eps, Expr("c1"), Expr("c2"), o.weight_decay)
             return Call("mo_adam", (w, Buf(grad), *states, n, lr, *more))
         if o.momentum:
             return Call("mo_momentum", (w, Buf(grad), *states, n, lr, o.momentum, o.weight_decay))
         return Call("mo_sgd", (w, Buf(grad), n, lr, o.weight_decay))
+
+    def _learning_rate(self, t: Trained) -> Expr:
+        rates = {t.rate(k) for k in self.inner}
+        if len(rates) > 1:
+            return Expr("{table}[inner] * lr", ByStep("float", t.rates))
+        (rate,) = rates
+        return Expr("lr") if rate == 1.0 else Expr(f"{rate!r}f * lr")
 
 
 def _block(rows: int, row_elems: int) -> int:

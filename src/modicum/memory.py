@@ -9,7 +9,7 @@ shadow of the arena and shares no code with `place`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,8 +151,7 @@ def verify(program: Program, offsets: Mapping[str, int], arena: int) -> None:
     if set(offsets) != set(program.lifetimes):
         odd = sorted(set(offsets) ^ set(program.lifetimes))[:4]
         raise InvalidInput("the placement and the program have different buffers", where=str(odd))
-    if not 0 <= arena <= sum(b.bytes + ALIGN for b in program.buffers.values()):
-        raise InvalidInput(f"an arena of {arena} bytes is not that of these buffers")
+    _check_arena(arena, _most_bytes(program))
     owner = np.full(-(-arena // 4), -1, dtype=np.int32)
     number = {name: i for i, name in enumerate(offsets)}
 
@@ -185,6 +184,42 @@ def verify(program: Program, offsets: Mapping[str, int], arena: int) -> None:
     for name, buffer in program.buffers.items():
         if buffer.persistent and (owner[words(name)] != number[name]).any():
             raise InvalidInput(f"persistent buffer {name!r} is overwritten")
+
+
+def verify_together(placed: Sequence[tuple[Program, Mapping[str, int]]], arena: int) -> None:
+    """Verify the programs of one plan, and that what persists lies at one place in all of them.
+
+    Raises as `verify`.
+    """
+    _check_arena(arena, max(_most_bytes(program) for program, _ in placed))
+    homes = []
+    for program, offsets in placed:
+        verify(program, offsets, min(arena, _most_bytes(program)))
+        lasting = (b for b in program.buffers.values() if b.persistent)
+        homes.append({b.name: (offsets[b.name], b.bytes) for b in lasting})
+    for home in homes[1:]:
+        if home != homes[0]:
+            odd = sorted(n for n in home.keys() | homes[0].keys() if home.get(n) != homes[0].get(n))
+            raise InvalidInput(
+                f"persistent buffer {odd[0]!r} is not at the same place in every inner step",
+                hint="make the plan again",
+            )
+
+
+def _most_bytes(program: Program) -> int:
+    """A placement without any sharing."""
+    return sum(b.bytes + ALIGN for b in program.buffers.values())
+
+
+def _check_arena(arena: int, most: int) -> None:
+    if not 0 <= arena <= most:
+        raise InvalidInput(f"an arena of {arena} bytes is not that of these buffers")
+
+
+def persistent_bytes(program: Program, offsets: Mapping[str, int]) -> int:
+    """The bytes at the start of the arena that live on from step to step."""
+    return max((offsets[b.name] + b.bytes for b in program.buffers.values() if b.persistent),
+               default=0)  # fmt: skip
 
 
 def _overwritten(program: Program, i: int, name: str) -> None:

@@ -16,7 +16,12 @@ Array = NDArray[np.float32]
 
 ALWAYS = ("init", "input", "predict", "train", "export_state", "import_state", "trained", "size",
           "error")  # fmt: skip
-SOMETIMES = ("prototypes_clear", "prototypes_add", "select", "selected")
+SOMETIMES = ("prototypes_clear", "prototypes_add", "steps_clear", "select", "selected")
+LACKING = {
+    "prototypes_clear": "prototypes",
+    "prototypes_add": "prototypes",
+    "steps_clear": "step sizes that differ by inner step",
+}
 
 
 class Native:
@@ -83,6 +88,13 @@ class Native:
         call = self._optional("prototypes_add")
         self._check(call(self._net, _pointer(x), ctypes.c_int32(int(label))))
 
+    def clear_steps(self) -> None:
+        """For a new task: the next update is the first inner step, from the weights that there are.
+
+        Raises UsageError for a net whose updates are all alike.
+        """
+        self._check(self._optional("steps_clear")(self._net))
+
     def select(self, member: int) -> None:
         """Go on with a plan of a candidate set, in its initial state."""
         self._check(self._optional("select")(self._net, ctypes.c_int32(int(member))))
@@ -122,8 +134,7 @@ class Native:
 
     def _optional(self, call: str) -> Any:
         if call not in self._call:
-            what = "prototypes" if call.startswith("prototypes") else "plans to select from"
-            raise UsageError(f"the net has no {what}")
+            raise UsageError(f"the net has no {LACKING.get(call, 'plans to select from')}")
         return self._call[call]
 
     def _check(self, status: int) -> None:

@@ -16,30 +16,47 @@ from pydantic import Field, ValidationError
 
 from modicum import board as catalogue
 from modicum.board import Board
-from modicum.cost import Cost, LayerCost, cost, layer_costs
+from modicum.cost import Cost, LayerCost, StepCost, layer_costs, step_costs, worst_cost
 from modicum.errors import DoesNotFit, InvalidInput, ModicumError, UsageError
 from modicum.graph import Frozen, Graph
 from modicum.lower import Loss, Order, Program, lower
-from modicum.memory import Placement, place, verify
+from modicum.memory import Placement, lower_bound, place, verify_together
 from modicum.methods import AnyMethod, Full, Limits, Method, Observed, ObservingMethod
 from modicum.ops import check_graph
 from modicum.optim import SGD, Adam, Optimizer
-from modicum.selection import Selection
+from modicum.selection import Selection, some
 from modicum.units import count, kib, percent, size
 
-VERSION: Literal[2] = 2
+VERSION: Literal[3] = 3
 MOST_ACCUMULATED = 65535
 ORDERS: tuple[Order, ...] = ("dx-first", "dw-first")
+
+
+class Pattern(Frozen):
+    """The inner steps that update the same parameters, and where their program has its buffers."""
+
+    steps: tuple[int, ...]
+    order: Order = "dx-first"
+    offsets: dict[str, int]
+    layers: tuple[LayerCost, ...]
+
+    def placement(self, program: Program) -> Placement:
+        ends = (self.offsets[n] + b.bytes for n, b in program.buffers.items() if n in self.offsets)
+        return Placement(self.offsets, max(ends), 0, lower_bound(program))
 
 
 class Plan(Frozen):
     """What to update, with which optimiser, where each buffer lies, and the cost.
 
-    `graph` is the captured model.  `accumulate` samples make one update.  `ram` and `flash` are
-    the limits in bytes that the plan keeps (None: no limit).
+    `graph` is the captured model.  `accumulate` samples make one update, which is an inner step.
+    `ram` and `flash` are the limits in bytes that the plan keeps (None: no limit).
+
+    Most plans update the same in every inner step: then there is one pattern.  Where step sizes of
+    the selection are 0 in some steps there are several, each with a program of its own over one
+    arena, in which all that persists lies at one place.  `steps` tells what each step costs.
     """
 
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     graph: Graph
     board: Board | None = None
     ram: int | None = None
@@ -49,17 +66,52 @@ class Plan(Frozen):
     optimizer: Optimizer
     loss: Loss = "cross_entropy"
     accumulate: Annotated[int, Field(ge=1, le=MOST_ACCUMULATED)] = 1
-    order: Order = "dx-first"
-    offsets: dict[str, int]
+    patterns: Annotated[tuple[Pattern, ...], Field(min_length=1)]
     cost: Cost
-    layers: tuple[LayerCost, ...]
+    steps: tuple[StepCost, ...]
+
+    @property
+    def inner_steps(self) -> int:
+        """Inner steps with step sizes of their own; all later ones are as the last of them."""
+        return self.selection.inner_steps
+
+    def pattern_of(self, step: int) -> int:
+        """The index of the pattern of an inner step.  Raises UsageError for one below 0."""
+        if step < 0:
+            raise UsageError(f"there is no inner step {step}", hint="they are counted from 0")
+        return self.steps[min(step, len(self.steps) - 1)].pattern
 
     @cached_property
+    def programs(self) -> tuple[Program, ...]:
+        """What the plan stands for, pattern by pattern; derived, so it is not stored."""
+        how = (self.graph, self.selection, self.optimizer, self.loss, self.accumulate)
+        return tuple(lower(*how, p.order, p.steps[0]) for p in self.patterns)
+
+    @cached_property
+    def worst(self) -> int:
+        """The index of the pattern that needs most memory."""
+        placed = zip(self.patterns, self.programs, strict=True)
+        arenas = [pattern.placement(program).arena for pattern, program in placed]
+        return arenas.index(max(arenas))
+
+    @property
     def program(self) -> Program:
-        """The steps that the plan stands for; derived, so it is not stored."""
-        return lower(
-            self.graph, self.selection, self.optimizer, self.loss, self.accumulate, self.order
-        )
+        """That of the pattern which needs most memory.
+
+        The graph, what is in RAM from step to step, and the sizes of inputs and outputs are the
+        same in all of them.
+        """
+        return self.programs[self.worst]
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Of the pattern that needs most memory."""
+        return self.patterns[self.worst].offsets
+
+    @property
+    def layers(self) -> tuple[LayerCost, ...]:
+        """Of the pattern that needs most memory."""
+        return self.patterns[self.worst].layers
 
     @cached_property
     def hash(self) -> str:
@@ -121,18 +173,26 @@ class Plan(Frozen):
     def check(self) -> None:
         """Raise InvalidInput unless graph, placement and cost agree with each other."""
         check_graph(self.graph)
+        if tuple(p.steps for p in self.patterns) != self.selection.patterns:
+            raise InvalidInput(
+                "the plan's patterns are not those of its step sizes", hint="make it again"
+            )
         try:
-            program = self.program
+            programs = self.programs
         except UsageError as error:
             raise InvalidInput(
                 "the plan's selection does not fit its graph", why=error.what
             ) from None
         except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise InvalidInput("the plan's graph is malformed", why=repr(error)) from None
-        verify(program, self.offsets, self.cost.arena)
-        placement = _placement(program, self.offsets)
-        same_cost = cost(program, placement, self.board) == self.cost
-        if not same_cost or layer_costs(program) != self.layers:
+        both = list(zip(self.patterns, programs, strict=True))
+        verify_together([(program, p.offsets) for p, program in both], self.cost.arena)
+        placed = [(program, p.placement(program)) for p, program in both]
+        if (
+            worst_cost(placed, self.board) != self.cost
+            or step_costs(placed) != self.steps
+            or any(layer_costs(program) != p.layers for p, program in both)
+        ):
             raise InvalidInput(
                 "the plan's costs are not those of its program", hint="make it again"
             )
@@ -200,7 +260,8 @@ def _make(
     flash = flash if flash is not None else (board.flash if board else None)
 
     def made(selection: Selection) -> Plan:
-        return _placed(graph, board, method, selection, optimizer, loss, accumulate, ram, flash)
+        moving = selection.without_idle()
+        return _placed(graph, board, method, moving, optimizer, loss, accumulate, ram, flash)
 
     if not isinstance(method, ObservingMethod) or samples is None:
         return made(method.select(graph))
@@ -222,14 +283,17 @@ def _placed(
     ram: int | None,
     flash: int | None,
 ) -> Plan:
-    candidates = []
-    for order in ORDERS:
-        program = lower(graph, selection, optimizer, loss, accumulate, order)
-        candidates.append((place(program), program))
-        if candidates[0][1].steps == program.steps and order != ORDERS[0]:
-            candidates.pop()
-    placement, program = min(candidates, key=lambda c: c[0].arena)
-    verify(program, placement.offsets, placement.arena)
+    placed = []
+    for step, *_ in selection.patterns:
+        candidates = []
+        for order in ORDERS:
+            program = lower(graph, selection, optimizer, loss, accumulate, order, step)
+            candidates.append((program, place(program)))
+            if candidates[0][0].steps == program.steps and order != ORDERS[0]:
+                candidates.pop()
+        placed.append(min(candidates, key=lambda c: c[1].arena))
+    total = worst_cost(placed, board)
+    verify_together([(program, at.offsets) for program, at in placed], total.arena)
     return Plan(
         graph=graph,
         board=board,
@@ -240,18 +304,18 @@ def _placed(
         optimizer=optimizer,
         loss=loss,
         accumulate=accumulate,
-        order=program.order,
-        offsets=dict(placement.offsets),
-        cost=cost(program, placement, board),
-        layers=layer_costs(program),
+        patterns=tuple(
+            Pattern(
+                steps=program.inner,
+                order=program.order,
+                offsets=dict(at.offsets),
+                layers=layer_costs(program),
+            )
+            for program, at in placed
+        ),
+        cost=total,
+        steps=step_costs(placed),
     )
-
-
-def _placement(program: Program, offsets: dict[str, int]) -> Placement:
-    from modicum.memory import lower_bound
-
-    end = max(offsets[n] + b.bytes for n, b in program.buffers.items() if n in offsets)
-    return Placement(offsets, end, 0, lower_bound(program))
 
 
 def _does_not_fit(p: Plan, samples: Observed | None) -> DoesNotFit:
@@ -349,7 +413,30 @@ def render(p: Plan, layers: bool = True) -> str:
         title += f", {p.accumulate} samples per update"
     wide = max(len(r[1]) for r in rows)
     lines = [title, *(f"  {a:<13} {b:>{wide}}  {text}".rstrip() for a, b, text in rows)]
+    if p.inner_steps > 1:
+        lines += _step_lines(p)
     return "\n".join(lines + (_layer_lines(p) if layers else []))
+
+
+def step_rows(p: Plan) -> list[tuple[str, str, str, str, str, str]]:
+    """Per inner step: its number, its pattern, and what that trains, keeps, needs, computes."""
+    rows = []
+    for s in p.steps:
+        number = f"{s.step} on" if s.step == p.inner_steps - 1 else str(s.step)
+        figures = (size(s.saved), size(s.dynamic), count(s.macs_backward))
+        rows.append((number, str(s.pattern), some(list(s.trains), 4), *figures))
+    return rows
+
+
+def _step_lines(p: Plan) -> list[str]:
+    cells = [("step", "pattern", "trains", "saved", "dynamic", "MACs bwd"), *step_rows(p)]
+    widths = [max(len(r[i]) for r in cells) for i in range(6)]
+    lines = ["", "  inner steps differ; each figure above is that of the step with the most:"]
+    for r in cells:
+        left = [f"{r[i]:<{widths[i]}}" for i in range(3)]
+        right = [f"{r[i]:>{widths[i]}}" for i in range(3, 6)]
+        lines.append("  " + "  ".join(left + right))
+    return lines
 
 
 def _layer_lines(p: Plan) -> list[str]:
@@ -358,6 +445,8 @@ def _layer_lines(p: Plan) -> list[str]:
         (i for i, r in enumerate(p.layers) if r.trained or r.macs_dx or r.kept), len(p.layers)
     )
     lines = ["", f"  {first} of {len(p.layers)} nodes are frozen and keep nothing; the others:"]
+    if len(p.patterns) > 1:
+        lines.insert(1, f"  pattern {p.worst}, which needs most memory:")
     cells = []
     for row in p.layers[first:]:
         kept = "; ".join(f"{kind} {size(n)}: {why}" for kind, n, why in row.kept) or "nothing"

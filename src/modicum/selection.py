@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, field_validator
 
 from modicum.errors import UsageError
 from modicum.graph import Frozen, Graph, Shape
+
+MOST_STEPS = 256
+"""Inner steps whose step sizes may differ from the ones before."""
+
+Rate = Annotated[float, Field(ge=0.0, le=3.4e38)]  # a float of the C side
+Rates = Annotated[tuple[Rate, ...], Field(min_length=1, max_length=MOST_STEPS)]
 
 
 class Slice(Frozen):
@@ -45,19 +53,18 @@ class Slice(Frozen):
 class Update(Frozen):
     """One trained parameter: which slice, and its step size relative to the optimiser's.
 
-    `rates` holds one factor per inner step, the last one repeated; 0 means "not in this step".
+    `rates` holds one factor per inner step, the last one repeated; 0 means "not in this step"
+    (p-Meta, Qu et al., KDD 2022).  An inner step is an update of the optimiser, counted from 0
+    where a task begins.
     """
 
     param: str
     slice: Slice = Slice()
-    rates: tuple[float, ...] = Field(default=(1.0,), min_length=1)
+    rates: Rates = (1.0,)
 
-    @field_validator("rates")
-    @classmethod
-    def _not_negative(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        if any(not 0.0 <= r < float("inf") for r in rates):
-            raise ValueError("rates must be finite and not negative")
-        return rates
+    def rate(self, step: int) -> float:
+        """The factor of an inner step."""
+        return self.rates[min(step, len(self.rates) - 1)]
 
 
 class Selection(Frozen):
@@ -77,9 +84,34 @@ class Selection(Frozen):
     sign: tuple[str, ...] = ()
     probes: tuple[str, ...] = ()
 
+    @property
+    def inner_steps(self) -> int:
+        """From the last of them on, all steps are alike."""
+        return max((len(u.rates) for u in self.updates), default=1)
+
+    @property
+    def patterns(self) -> tuple[tuple[int, ...], ...]:
+        """The inner steps, those that update the same parameters together; in order of use."""
+        together: dict[frozenset[str], list[int]] = {}
+        for step in range(self.inner_steps):
+            together.setdefault(self.updated_in(step), []).append(step)
+        return tuple(map(tuple, together.values()))
+
+    def updated_in(self, step: int) -> frozenset[str]:
+        """The parameters whose step size is not 0 in an inner step."""
+        return frozenset(u.param for u in self.updates if u.rate(step))
+
+    def without_idle(self) -> Selection:
+        """Without the updates whose step size is 0 in every step."""
+        moving = tuple(u for u in self.updates if any(u.rates))
+        return self if moving == self.updates else self.model_copy(update={"updates": moving})
+
 
 def check_selection(graph: Graph, selection: Selection) -> None:
-    """Raise UsageError unless every update names a trainable parameter and channels it has."""
+    """Raise UsageError unless every update names a trainable parameter and channels it has.
+
+    Also for an update that never moves its parameter, and for an inner step that updates nothing.
+    """
     if not selection.updates and not selection.probes:
         raise UsageError(
             "the method selects nothing to update",
@@ -96,6 +128,8 @@ def check_selection(graph: Graph, selection: Selection) -> None:
         if update.param in seen:
             raise UsageError(f"{update.param!r} is selected twice")
         seen.add(update.param)
+        if not any(update.rates):
+            raise UsageError(f"{update.param!r} is selected, but its step size is 0 in every step")
         if update.slice.inp is not None and len(param.shape) < 2:
             raise UsageError(f"{update.param!r} has no input channels to slice")
         for axis, channels in ((0, update.slice.out), (1, update.slice.inp)):
@@ -105,6 +139,13 @@ def check_selection(graph: Graph, selection: Selection) -> None:
                     f"{update.param!r} has no {side} channel {channels[-1]}",
                     why=f"its shape is {param.shape}",
                 )
+    for step, *_ in selection.patterns:
+        if not selection.updated_in(step) and not selection.probes:
+            raise UsageError(
+                f"inner step {step} updates nothing",
+                why="every step size is 0 in it",
+                hint="a step size above 0, or one inner step less",
+            )
 
 
 def some(names: list[str], most: int = 8) -> str:

@@ -151,6 +151,7 @@ static void optimizers(void) {
   mo_sgd(w, g, n, 0.1f, 0.01f);
   mo_momentum(w, g, m, n, 0.1f, 0.9f, 0.0f);
   mo_adam(w, g, m, v, n, 0.01f, 0.9f, 0.999f, 1e-8f, 0.1f, 0.001f, 0.01f);
+  mo_adam_counted(w, g, m, v, n, 0.01f, 0.9f, 0.999f, 1e-8f, 77u, 0.01f);
   add_floats(w, n);
   add_floats(m, n);
   add_floats(v, n);

@@ -420,8 +420,8 @@ ADAM = dict(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-6)
 
 def _run_update(kernels: Kernels, n, steps, weight_decay, **case) -> Arrays:
     t = update_tensors(n=n, steps=steps, **case)
-    sgd, momentum, adam = t["w"].copy(), t["w"].copy(), t["w"].copy()
-    velocity, m, v = (np.zeros(n, np.float32) for _ in range(3))
+    sgd, momentum, adam, counted = (t["w"].copy() for _ in range(4))
+    velocity, m, v, m2, v2 = (np.zeros(n, np.float32) for _ in range(5))
     beta1, beta2 = ADAM["beta1"], ADAM["beta2"]
     for step in range(steps):
         g = np.ascontiguousarray(t["g"][step])
@@ -429,7 +429,9 @@ def _run_update(kernels: Kernels, n, steps, weight_decay, **case) -> Arrays:
         kernels.mo_momentum(momentum, g, velocity, n, 0.1, 0.9, weight_decay)
         corrections = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
         kernels.mo_adam(adam, g, m, v, n, *ADAM.values(), *corrections, weight_decay)
-    return dict(sgd=sgd, momentum=momentum, velocity=velocity, adam=adam, m=m, v=v)
+        kernels.mo_adam_counted(counted, g, m2, v2, n, *ADAM.values(), step + 1, weight_decay)
+    adams = dict(adam=adam, counted=counted, m=m, v=v)
+    return dict(sgd=sgd, momentum=momentum, velocity=velocity, **adams)
 
 
 @st.composite

@@ -57,6 +57,17 @@ def test_log_is_within_a_millionth_over_normal_floats(kernels):
         assert kernels.mo_log(x) == pytest.approx(np.log(np.float64(x)), rel=1e-6, abs=0)
 
 
+def test_adam_corrects_for_any_number_of_updates(kernels):
+    for t in (1, 2, 3, 7, 10, 100, 1023, 1024, 5000, 10**6, 2**31 - 1, 2**31, 2**32 - 1):
+        w, m, v = (np.zeros(1, np.float32) for _ in range(3))
+        g = np.ones(1, np.float32)
+        betas = np.float64(np.float32(0.9)), np.float64(np.float32(0.999))
+        kernels.mo_adam_counted(w, g, m, v, 1, 1.0, *betas, 1e-8, t, 0.0)
+        c1, c2 = (-np.expm1(t * np.log(beta)) for beta in betas)
+        want = -((1 - betas[0]) / c1) / np.sqrt((1 - betas[1]) / c2)
+        assert w[0] == pytest.approx(want, rel=3e-6, abs=0), t
+
+
 def test_log_outside_its_domain(kernels):
     assert kernels.mo_log(0.0) == kernels.mo_log(-0.0) == -np.inf
     assert kernels.mo_log(np.inf) == np.inf

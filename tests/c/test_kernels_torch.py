@@ -226,6 +226,7 @@ def update(weight_decay, **case):
         if name == "momentum":
             result["velocity"] = state["momentum_buffer"]
         if name == "adam":
+            result["counted"] = w
             result["m"], result["v"] = state["exp_avg"], state["exp_avg_sq"]
     return result
 

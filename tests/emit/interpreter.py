@@ -29,12 +29,14 @@ class Machine:
         program: Program,
         placement: Placement,
         values: Mapping[str, np.ndarray],
+        arena: int = 0,
     ) -> None:
         self.kernels, self.program, self.offsets = kernels, program, placement.offsets
         self.values = {k: np.asarray(v, np.float32) for k, v in values.items()}
-        room = np.full(placement.arena + 32, 0xFF, np.uint8)  # all bits set is a NaN
+        arena = max(placement.arena, arena)
+        room = np.full(arena + 32, 0xFF, np.uint8)  # all bits set is a NaN
         start = -room.ctypes.data % 16
-        self.arena = room[start : start + placement.arena]
+        self.arena = room[start : start + arena]
         self.keep: list[object] = []
         for name, buffer in program.buffers.items():
             if buffer.persistent:
@@ -56,10 +58,22 @@ class Machine:
             for t in self.program.learned
         }
 
-    def train(self, x: np.ndarray, y: object, lr: float, last: bool = True) -> float:
-        """One sample (without the batch dimension); `last` of an accumulation."""
+    def go_on(self, program: Program, placement: Placement) -> None:
+        """With another pattern of the same plan, over what the arena has; the rest is spoiled."""
+        self.program, self.offsets = program, placement.offsets
+        lasting = [self.bytes_of(b.name) for b in program.buffers.values() if b.persistent]
+        kept = [part.copy() for part in lasting]
+        self.arena[:] = 0xFF
+        for part, old in zip(lasting, kept, strict=True):
+            part[:] = old
+
+    def train(
+        self, x: np.ndarray, y: object, lr: float, last: bool = True, update: int = 0
+    ) -> float:
+        """One sample (without the batch dimension); `last` of the update with that number."""
         self.load(x)
-        self.names["lr"] = lr
+        inner = min(update, max(i for t in self.program.trained for i in range(len(t.rates))))
+        self.names |= {"lr": lr, "inner": inner, "beyond": update - inner}
         if self.program.loss == "mse":
             self.names["target"] = np.ascontiguousarray(y, np.float32)
         else:
@@ -125,6 +139,9 @@ class Machine:
             self.keep.append(np.array(a.channels, np.uint16))
             return self.keep[-1]
         if isinstance(a, Expr):
-            value = eval(a.text.replace("f *", " *"), {}, dict(self.names))
+            text = a.text.replace("f *", " *")
+            if a.table:
+                text = text.format(table=a.table.values)
+            value = eval(text, {}, dict(self.names))
             return ctypes.c_float(value) if isinstance(value, float) else value
         return a

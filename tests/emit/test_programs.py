@@ -17,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import GraphModel, cut, gradient, run_values, samples, total_loss
 
+import modicum as mo
 from modicum.graph import Param
 from modicum.lower import fisher_of, lower
 from modicum.memory import place, verify
@@ -174,6 +175,67 @@ def test_refreshed_prototypes_are_the_sums_of_the_embeddings_of_each_class(kerne
     assert after.pop("head.prototypes") == pytest.approx(want.numpy(), abs=within)
     for name, value in after.items():
         assert np.array_equal(value, before[name]), name
+
+
+@settings(max_examples=120)
+@given(data=st.data())
+def test_the_patterns_of_a_plan_take_turns_over_one_arena_as_autograd_says(kernels, data):
+    job = data.draw(graphs.jobs(8))
+    job["selection"] = data.draw(graphs.by_step(job["selection"], most=3))
+    job["optimizer"] = SGD(lr=1.0)
+    how = {key: job[key] for key in ("optimizer", "loss", "accumulate")}
+    plan = mo.plan(job["graph"], None, graphs.explicit(job["selection"]), **how)
+    net = GraphModel(job["graph"])
+    state = {k: v.numpy() for k, v in net.state_dict().items()}
+    placed = [
+        (program, pattern.placement(program))
+        for program, pattern in zip(plan.programs, plan.patterns, strict=True)
+    ]
+    values = materialise(plan.program.graph, state)
+    machine = Machine(kernels, *placed[0], values, plan.cost.arena)
+    n = plan.accumulate
+    for step in range(plan.inner_steps + 1):
+        machine.go_on(*placed[plan.pattern_of(step)])
+        x, y = samples(job["graph"], job["loss"], n, seed=step)
+        before = machine.trained()
+        for i in range(n):
+            last = i == n - 1
+            machine.train(x[i].numpy(), y[i].numpy(), lr=1.0, last=last, update=step)
+        after = machine.trained()
+        assume(all(np.abs(v).max(initial=0.0) < 50.0 for v in after.values()))
+        params = dict(net.named_parameters()) | dict(net.named_buffers())
+        with torch.no_grad():  # where the machine was
+            for t in machine.program.learned:
+                params[t.param][within(params[t.param], t.slice)] = torch.from_numpy(
+                    before[t.param].ravel()
+                )
+        single, double = (
+            autograd(copy.deepcopy(net).to(kind), job, x.to(kind), y)[0]
+            for kind in (torch.float32, torch.float64)
+        )
+        for update in plan.selection.updates:
+            got = before[update.param].astype(np.float64) - after[update.param]
+            if not update.rate(step):
+                assert (got == 0.0).all(), (update.param, step)
+                continue
+            want, rough = (
+                update.rate(step)
+                * cut(gradient(dict(each.named_parameters())[update.param]), update.slice).double()
+                / n
+                for each in (double, single)
+            )
+            size = np.abs(before[update.param]).max()
+            scale = max(1e-2, float(want.abs().max()), size * 1e-2)
+            rounding = float((rough - want).abs().max()) + 1e-6 * size
+            differs = np.abs(got - want.numpy()).max()
+            assert differs <= 1e-4 * scale + 30 * rounding, (update.param, step)
+
+
+def within(param: torch.Tensor, s: Slice) -> torch.Tensor:
+    """Where a slice is, as a mask of the whole."""
+    mask = torch.zeros(param.numel(), dtype=torch.bool)
+    mask[cut(torch.arange(param.numel()).view(param.shape), s).flatten()] = True
+    return mask.view(param.shape)
 
 
 def machine_of(kernels: Kernels, job: dict, order: str) -> tuple[Machine, GraphModel]:

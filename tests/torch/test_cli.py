@@ -425,7 +425,10 @@ def test_flags_of_tasks_go_with_tasks(modicum, shots, tmp_path, never_a_model, f
     [
         (["--warmup", 100], "epochs of warm-up do not fit"),
         (["--ways", "5-"], "neither a number nor a range"),
-        (["--norms", "group"], "norms: Input should be 'frozen'"),
+        (["--rule", "protonet:norms=group"], "norms: Input should be 'frozen'"),
+        (["--rule", "maml:steps=0"], "steps: Input should be greater"),
+        (["--rule", "odd"], "no rule is called 'odd'"),
+        (["--tasks", 3, "--episodes", 10], "10 episodes are not whole updates of 3"),
         (["--augment", "mixup"], "no augmentation is called 'mixup'"),
         (["--rate", "-1"], "rate: Input should be greater"),
         (["--input", "1x8"], "which is no image"),
@@ -438,6 +441,31 @@ def test_metatrain_refuses_flags_before_it_makes_a_network(
                    *words)  # fmt: skip
     assert done.code == 2 and message in done.err, done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_gradient_rule_has_learned_is_planned_and_adapted(modicum, shots, tmp_path):
+    meta, plan = tmp_path / "meta", tmp_path / "plan.json"
+    words = ["metatrain", "digits", "--data", shots / "base.npz", "--ways", 3, "--shots", 2,
+             "--queries", 2, "--epochs", 1, "--episodes", 8, "--rule",
+             "p-meta:steps=3,rate=0.05,channels=none,norms=frozen,prune_to=0.3",
+             "--test", shots / "base.npz", "--test-tasks", 5, "--out", meta]  # fmt: skip
+    done = modicum(*words)
+    assert done.code == 0 and "% of 5 tasks" in done.out, done.err
+    few = ["--weights", meta / "weights.pt"]
+    done = modicum("plan", "digits", "--classes", 3, *few, "--method", meta / "method.json",
+                   "--lr", 1, "--accumulate", 6, "--board", "nano33ble", "--out", plan)  # fmt: skip
+    assert done.code == 0, done.err
+    made = mo.Plan.load(plan)
+    assert made.inner_steps <= 3 and made.optimizer.lr == 1
+    done = modicum("adapt", "digits", "--plan", plan, *few, "--data", shots / "support.npz",
+                   "--epochs", 3)  # fmt: skip
+    assert done.code == 0 and "steps, loss" in done.out, done.err
+
+
+def test_tasks_of_various_ways_do_not_fit_a_head(modicum, shots, tmp_path):
+    words = ["metatrain", "digits", "--data", shots / "base.npz", "--ways", "3-5"]
+    done = modicum(*words, "--rule", "maml", "--out", tmp_path / "out")
+    assert done.code == 2 and "3 to 5 ways do not fit a head" in done.err
 
 
 def test_of_several_processes_one_says_what_came_of_it(modicum, shots, tmp_path, monkeypatch):

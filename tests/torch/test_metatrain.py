@@ -18,14 +18,14 @@ from torch import nn
 
 import modicum as mo
 from modicum.errors import InvalidInput, UsageError
-from modicum.meta import MetaTrain, metatrain, train
+from modicum.meta import MetaTrain, ProtoNet, metatrain, train
 from modicum.tasks import Augment, FixedEpisodes, Preprocess, load
 
 SHOWN = Preprocess(size=6, mean=(0.5,), std=(0.5,))
 RULE = FixedEpisodes(ways=3, shots=2, queries=3)
 SHORT = MetaTrain(
-    epochs=3, episodes=6, episode=RULE, rate=0.05, warmup=1, validation=4, norms="batch",
-    augment=Augment(crop="pad", pad=1, flip=False),
+    epochs=3, episodes=6, episode=RULE, rate=0.05, warmup=1, validation=4,
+    rule=ProtoNet(norms="batch"), augment=Augment(crop="pad", pad=1, flip=False),
 )  # fmt: skip
 
 
@@ -106,7 +106,9 @@ def test_the_weights_it_writes_are_those_of_the_net(tmp_path):
 def test_norms_keep_or_follow_their_statistics(tmp_path, norms):
     net = toy()
     before = {k: v.clone() for k, v in net.backbone[1].state_dict().items()}
-    metatrain(net, DATA, SHOWN, SHORT.model_copy(update={"norms": norms}), out=tmp_path)
+    metatrain(
+        net, DATA, SHOWN, SHORT.model_copy(update={"rule": ProtoNet(norms=norms)}), out=tmp_path
+    )
     after = net.backbone[1].state_dict()
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(before[name], after[name]) == (norms == "frozen")
@@ -157,7 +159,7 @@ def test_without_validation_the_last_epoch_is_kept(tmp_path):
 
 @pytest.mark.parametrize("norms", ["frozen", "batch"])
 def test_after_an_interruption_the_weights_are_bit_identical(tmp_path, stopped, norms):
-    config = SHORT.model_copy(update={"norms": norms})
+    config = SHORT.model_copy(update={"rule": ProtoNet(norms=norms)})
     whole, parts = toy(), toy()
     trace = metatrain(whole, DATA, SHOWN, config, out=tmp_path / "a", validation=HELD)
     stopped(1)
@@ -292,10 +294,10 @@ import os, sys
 sys.path.insert(0, {here!r})
 import torch
 from test_metatrain import DATA, HELD, SHORT, SHOWN, toy
-from modicum.meta import metatrain
+from modicum.meta import ProtoNet, metatrain
 torch.set_num_threads(1)
 for norms in ("frozen", "batch"):
-    config = SHORT.model_copy(update={{"norms": norms, "epochs": 2, "warmup": 0.5}})
+    config = SHORT.model_copy(update={{"rule": ProtoNet(norms=norms), "epochs": 2, "warmup": 0.5}})
     net, out = toy(), os.path.join({out!r}, norms)
     trace = metatrain(net, DATA, SHOWN, config, out=out, validation=HELD)
     torch.save((net.state_dict(), trace.model_dump()), out + "/rank" + os.environ["RANK"])
@@ -332,7 +334,13 @@ def test_all_processes_end_with_the_same_weights(two_processes, norms):
 def test_two_processes_do_what_one_does_with_both_tasks_in_an_update(two_processes, tmp_path):
     state, traced = torch.load(two_processes / "frozen" / "rank0", weights_only=True)
     config = SHORT.model_copy(
-        update={"norms": "frozen", "epochs": 2, "warmup": 0.5, "episodes": 12, "tasks": 2}
+        update={
+            "rule": ProtoNet(),
+            "epochs": 2,
+            "warmup": 0.5,
+            "episodes": 12,
+            "tasks": 2,
+        }
     )
     net = toy()
     trace = metatrain(net, DATA, SHOWN, config, out=tmp_path, validation=HELD)

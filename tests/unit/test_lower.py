@@ -382,7 +382,8 @@ def test_macs_count_what_the_slices_leave():
         (CONV, [part("op.weight", out=(5,))], "has no output channel 5"),
         (CONV, [part("op.weight", inp=(0, 6))], "has no input channel 6"),
         (CONV, [part("op.bias", inp=(0,))], "has no input channels to slice"),
-        (CONV, [Update(param="op.bias", rates=(1.0, 0.5))], "step size per inner step"),
+        (CONV, [Update(param="op.bias", rates=(0.0, 0.0))], "step size is 0 in every step"),
+        (CONV, [Update(param="op.bias", rates=(1.0, 0.0))], "inner step 1 updates nothing"),
     ],
 )
 def test_a_selection_that_does_not_fit_the_graph_is_a_usage_error(graph, selection, why):

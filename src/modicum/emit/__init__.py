@@ -124,7 +124,7 @@ def _settings(plans: Sequence[Plan], name: str) -> str:
 
 
 def _check_samples(plan: Plan, data: tuple[Any, Any] | None) -> tuple[Any, Any]:
-    """VECTORS different samples, again and again until an update is due."""
+    """VECTORS different samples, again and again until every pattern has had an update."""
     graph = plan.graph
     if data is not None:
         x, y = check_data(plan, (data[0][:VECTORS], data[1][:VECTORS]))
@@ -135,7 +135,8 @@ def _check_samples(plan: Plan, data: tuple[Any, Any] | None) -> tuple[Any, Any]:
         mse = plan.loss == "mse"
         labels = np.arange(VECTORS) % outputs
         y = rng.standard_normal((VECTORS, outputs)).astype(np.float32) if mse else labels
-    again = np.arange(max(len(x), plan.accumulate)) % len(x)
+    updates = 1 + max(pattern.steps[0] for pattern in plan.patterns)
+    again = np.arange(max(len(x), updates * plan.accumulate)) % len(x)
     return x[again], y[again]
 
 

@@ -17,9 +17,9 @@ from modicum.units import kib
 class Candidates:
     """Plans of one graph, loss and board, one of which is selected at a time.
 
-    They share the arena, which has the size of the largest, and what they have in flash in
-    common.  Raises UsageError for plans that do not belong together, and DoesNotFit where the
-    flash of the smallest limit does not hold them all.
+    They share the arena, which has the size of the largest, and what they have in flash in common.
+    Each updates the same in every inner step.  Raises UsageError for plans that do not belong
+    together, and DoesNotFit where the flash of the smallest limit does not hold them all.
     """
 
     plans: tuple[Plan, ...]
@@ -29,6 +29,13 @@ class Candidates:
         if not self.plans:
             raise UsageError("a candidate set needs at least one plan")
         first = self.plans[0]
+        for i, plan in enumerate(self.plans):
+            if plan.inner_steps > 1:
+                raise UsageError(
+                    f"plan {i} ({plan.method.kind}) has step sizes that differ by inner step",
+                    why="the members of a candidate set have one step size for each parameter",
+                    hint="emit it alone",
+                )
         for i, plan in enumerate(self.plans[1:], 1):
             for what, differs in (
                 ("graph", plan.graph != first.graph),

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from modicum.lower import Trained
-from modicum.ops.base import Const, Indices, Layout, Struct
+from modicum.ops.base import ByStep, Const, Indices, Layout, Struct
 from modicum.selection import Slice
 from modicum.state import Array, cut, to_c
 
 Initial = tuple[str, Layout, Slice]
+Table = Struct | Indices | ByStep
 
 
 class Constants:
@@ -29,7 +30,7 @@ class Constants:
         self.shared, self.prefix = shared, f"{name}_" if shared else ""
         self.weights: dict[Const, str] = {}
         self.initials: dict[Initial, str] = {}
-        self.tables: dict[Struct | Indices, str] = {}
+        self.tables: dict[Table, str] = {}
 
     def weight(self, a: Const) -> str:
         """A frozen parameter, or a part of it."""
@@ -49,9 +50,9 @@ class Constants:
             self.initials[key] = self._symbol(f"{self.name}_initial_{identifier(t.param)}")
         return self.initials[key]
 
-    def table(self, a: Struct | Indices) -> str:
+    def table(self, a: Table) -> str:
         if a not in self.tables:
-            kind = "geometry" if isinstance(a, Struct) else "channels"
+            kind = {Struct: "geometry", Indices: "channels", ByStep: "by_step"}[type(a)]
             self.tables[a] = self._symbol(f"{self.prefix}{kind}{len(self.tables)}")
         return self.tables[a]
 
@@ -93,14 +94,22 @@ class Constants:
     def table_definitions(self, storage: str) -> str:
         lines = []
         for a, symbol in self.tables.items():
-            fields = a.fields if isinstance(a, Struct) else a.channels or ()
-            lines.append(f"{storage} {_declared(a, symbol)} = {{{', '.join(map(str, fields))}}};")
+            fields = ", ".join(_fields(a))
+            lines.append(f"{storage} {_declared(a, symbol)} = {{{fields}}};")
         return "\n".join(lines) + "\n"
 
 
-def _declared(a: Struct | Indices, symbol: str) -> str:
+def _fields(a: Table) -> Iterable[str]:
+    if isinstance(a, ByStep):
+        return map(c_float if a.ctype == "float" else str, a.values)
+    return map(str, a.fields if isinstance(a, Struct) else a.channels or ())
+
+
+def _declared(a: Table, symbol: str) -> str:
     if isinstance(a, Struct):
         return f"{a.ctype} {symbol}"
+    if isinstance(a, ByStep):
+        return f"{a.ctype} {symbol}[{len(a.values)}]"
     return f"uint16_t {symbol}[{len(a.channels or ())}]"
 
 

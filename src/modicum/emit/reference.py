@@ -52,6 +52,7 @@ def trace(model: nn.Module, plan: Plan, x: Any, y: Any) -> tuple[Trace, list[Any
         (loss / plan.accumulate).backward()
         result.losses.append(float(loss.detach()))
         if (i + 1) % plan.accumulate == 0:
+            _set_rates(plan, optimizer, params, step=i // plan.accumulate)
             before = {name: params[name].detach().clone() for name in slices}
             optimizer.step()
             optimizer.zero_grad()
@@ -133,7 +134,17 @@ def _mask(p: Tensor, s: Any) -> Tensor:
 
 def _optimizer(plan: Plan, params: dict[str, Tensor]) -> torch.optim.Optimizer:
     o = plan.optimizer
-    groups = [{"params": [params[t.param]], "lr": o.lr * t.rate} for t in plan.program.trained]
+    groups = [{"params": [params[t.param]]} for t in plan.program.trained]
     if isinstance(o, Adam):
         return torch.optim.Adam(groups, o.lr, o.betas, o.eps, weight_decay=o.weight_decay)
     return torch.optim.SGD(groups, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+
+
+def _set_rates(
+    plan: Plan, optimizer: torch.optim.Optimizer, params: dict[str, Tensor], step: int
+) -> None:
+    """The learning rates of an inner step; a slice whose rate is 0 has no gradient."""
+    for group, t in zip(optimizer.param_groups, plan.program.trained, strict=True):
+        group["lr"] = plan.optimizer.lr * t.rate(step)
+        if not t.rate(step):
+            params[t.param].grad = None

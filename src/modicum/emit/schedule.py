@@ -1,4 +1,4 @@
-"""Program + weights -> the C text of one plan: its schedule.
+"""Program + weights -> the C text of one plan, or of one of its patterns: its schedule.
 
 Only the schedule is generated: a list of kernel calls at arena offsets that a person can read.
 """
@@ -11,6 +11,7 @@ from functools import cached_property
 
 from modicum.emit.constants import Constants, c_float, identifier
 from modicum.lower import Buffer, Step
+from modicum.memory import persistent_bytes
 from modicum.ops import OPS
 from modicum.ops.base import Arg, Buf, Call, Const, Expr, Indices, Struct
 from modicum.optim import Adam
@@ -19,11 +20,14 @@ from modicum.units import kib
 
 
 class Schedule:
-    """The parts of schedule.c.j2 for one plan.  What it reads from flash goes to `constants`."""
+    """The parts of schedule.c.j2 for one pattern of a plan.
 
-    def __init__(self, plan: Plan, constants: Constants) -> None:
+    What it reads from flash goes to `constants`.
+    """
+
+    def __init__(self, plan: Plan, constants: Constants, pattern: int = 0) -> None:
         self.plan, self.constants = plan, constants
-        self.program = plan.program
+        self.program, self.offsets = plan.programs[pattern], plan.patterns[pattern].offsets
         self.symbols = _symbols(self.program.buffers)
         self.spans = self.program.lifetimes
         steps = self.program.steps
@@ -37,8 +41,7 @@ class Schedule:
     @property
     def learned(self) -> int:
         """Bytes of the arena that live on from step to step."""
-        buffers = (b for b in self.program.buffers.values() if b.persistent)
-        return max(self.plan.offsets[b.name] + b.bytes for b in buffers)
+        return persistent_bytes(self.program, self.offsets)
 
     @property
     def learned_floats(self) -> int:
@@ -62,9 +65,22 @@ class Schedule:
 
     @property
     def betas(self) -> list[str] | None:
-        """1 - beta of Adam."""
+        """1 - beta of Adam, where all that is trained is updated every time."""
         adam = self.plan.optimizer
-        return [c_float(1.0 - b) for b in adam.betas] if isinstance(adam, Adam) else None
+        alike = len(self.plan.patterns) == 1
+        return [c_float(1.0 - b) for b in adam.betas] if isinstance(adam, Adam) and alike else None
+
+    @property
+    def tables(self) -> set[str]:
+        """The types of the constants by inner step that the updates read."""
+        args = (a for s in self.program.steps for call in s.calls for a in call.args)
+        return {a.table.ctype for a in args if isinstance(a, Expr) and a.table}
+
+    @property
+    def forget(self) -> str:
+        """The calls that clear what training keeps beside the weights."""
+        passing = (b for b in self.program.buffers.values() if b.persistent and b.kind != "weight")
+        return "\n".join(f"  memset(F({self.symbols[b.name]}), 0, {b.bytes});" for b in passing)
 
     @property
     def not_negative(self) -> str:
@@ -92,8 +108,18 @@ class Schedule:
     @property
     def arena_map(self) -> str:
         """The offset of every buffer, as an enum with what lives there and when."""
+        return self._map(self.offsets)
+
+    @property
+    def learned_map(self) -> str:
+        """`arena_map` of what lives on from step to step."""
+        return self._map(
+            {n: at for n, at in self.offsets.items() if self.program.buffers[n].persistent}
+        )
+
+    def _map(self, offsets: Mapping[str, int]) -> str:
         rows = []
-        order = sorted(self.plan.offsets.items(), key=lambda kv: (self.spans[kv[0]][0], kv[1]))
+        order = sorted(offsets.items(), key=lambda kv: (self.spans[kv[0]][0], kv[1]))
         for name, offset in order:
             buffer = self.program.buffers[name]
             first, last = self.spans[name]
@@ -113,7 +139,7 @@ class Schedule:
     @cached_property
     def _not_negative(self) -> list[tuple[int, int]]:
         """(first, count) of what cannot be negative: running variances, Adam's second moments."""
-        offsets, program = self.plan.offsets, self.program
+        offsets, program = self.offsets, self.program
         variances = [n.params["var"] for n in program.graph.nodes if "var" in OPS[n.op].states]
         runs = [
             (offsets[t.buffer] // 4, t.size) for t in program.statistics if t.param in variances
@@ -169,6 +195,8 @@ class Schedule:
             return "&" + self.constants.table(a)
         if isinstance(a, Indices):
             return "NULL" if a.channels is None else self.constants.table(a)
+        if isinstance(a, Expr) and a.table:
+            return a.text.format(table=self.constants.table(a.table))
         if isinstance(a, Expr):
             return a.text if looped else _unlooped(a.text, step.rows)
         if a is None:

@@ -1,4 +1,4 @@
-"""The generated C files of a folder: of one plan, or of a candidate set."""
+"""The generated C files of a folder: of a plan, whatever its patterns, or of a candidate set."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ API = ("init", "input", "predict", "train", "export_state", "import_state", "tra
        "error")  # fmt: skip
 PROTOTYPES = ("prototypes_clear", "prototypes_add")
 SELECT = ("select", "selected")
+STEPS = ("steps_clear",)
 
 
 def one_plan(plan: Plan, name: str, values: Mapping[str, Array]) -> dict[str, str]:
     """Files by name; `values` are the parameters of the prepared graph."""
+    if len(plan.patterns) > 1:
+        return _by_pattern(plan, name, values)
     constants = Constants(name, values, _symbols(plan, name, ()))
     schedule = Schedule(plan, constants)
     common = _common(plan, name, [schedule])
     tables = constants.table_definitions("static const")
     header, definitions = _weights(name, constants)
-    parts = {"member": None, "many": False, "s": schedule, "tables": tables}
+    parts = {"part": "whole", "many": False, "s": schedule, "tables": tables}
     return {
         f"{name}.h": render("net.h.j2", **common, members=()),
         f"{name}.c": render("net.c.j2", **common, **parts),
@@ -37,6 +40,38 @@ def one_plan(plan: Plan, name: str, values: Mapping[str, Array]) -> dict[str, st
     }
 
 
+def _by_pattern(plan: Plan, name: str, values: Mapping[str, Array]) -> dict[str, str]:
+    """A schedule for each pattern, in a file of its own; the net goes from one to the next."""
+    patterns = [f"{name}_pattern{i}" for i in range(len(plan.patterns))]
+    constants = Constants(name, values, _symbols(plan, name, ()), shared=True)
+    schedules = [Schedule(plan, constants, i) for i in range(len(patterns))]
+    common = _common(plan, name, schedules)
+    header, definitions = _weights(name, constants, tables=True)
+    by_step = [patterns[plan.pattern_of(step)] for step in range(plan.inner_steps)]
+    parts = {"part": "net", "many": False, "s": schedules[0], "names": by_step}
+    files = {
+        f"{name}.h": render("net.h.j2", **common, members=()),
+        f"{name}.c": render("patterns.c.j2", **common, **parts),
+        f"{name}_weights.h": header,
+        f"{name}_weights.c": definitions,
+        "net.h": _shim(plan, name, ()),
+        "README.md": _readme(common, (), plan.cost.flash_weights),
+    }
+    return {**files, **_schedules("pattern", common, patterns, schedules)}
+
+
+def _schedules(
+    part: str, common: dict[str, Any], names: Sequence[str], schedules: Sequence[Schedule]
+) -> dict[str, str]:
+    """The files of members or patterns, and the header that they share."""
+    header = f"{common['net']}_{part}s.h"
+    files = {header: render("members.h.j2", **common, part=part, names=", ".join(names))}
+    for i, (name, s) in enumerate(zip(names, schedules, strict=True)):
+        values = {**common, "plan": s.plan, "part": part, "index": i, "s": s}
+        files[f"{name}.c"] = render("member.c.j2", **values)
+    return files
+
+
 def candidate_set(candidates: Candidates, name: str, values: Mapping[str, Array]) -> dict[str, str]:
     """Files by name; `values` are the parameters of all prepared graphs."""
     plans = candidates.plans
@@ -45,37 +80,37 @@ def candidate_set(candidates: Candidates, name: str, values: Mapping[str, Array]
     schedules = [Schedule(p, constants) for p in plans]
     common = _common(plans[0], name, schedules)
     header, definitions = _weights(name, constants, tables=True)
-    parts = {"many": True, "hash": candidates.hash, "names": members}
+    parts = {"part": "set", "many": True, "hash": candidates.hash, "names": members}
     files = {
         f"{name}.h": render("net.h.j2", **common, members=plans),
         f"{name}.c": render("set.c.j2", **common, **parts),
-        f"{name}_members.h": render("members.h.j2", **common, names=", ".join(members)),
         f"{name}_weights.h": header,
         f"{name}_weights.c": definitions,
         "net.h": _shim(plans[0], name, plans),
         "README.md": _readme(common, plans, candidates.flash_weights),
     }
-    for i, s in enumerate(schedules):
-        text = render("member.c.j2", **{**common, "plan": s.plan, "member": i, "s": s})
-        files[f"{name}_member{i}.c"] = text
-    return files
+    return {**files, **_schedules("member", common, members, schedules)}
 
 
 def functions(plan: Plan, members: Sequence[Plan]) -> tuple[str, ...]:
     """What the header declares, without the prefix."""
     refreshed = PROTOTYPES if plan.program.refresh is not None else ()
-    return (*API, *refreshed, *(SELECT if members else ()))
+    counted = STEPS if plan.inner_steps > 1 else ()
+    return (*API, *refreshed, *counted, *(SELECT if members else ()))
 
 
 def _symbols(plan: Plan, name: str, members: Sequence[Plan]) -> list[str]:
     more = [f"member{i}" for i in range(len(members))]
-    return [f"{name}_{word}" for word in ("t", "member_t", *functions(plan, members), *more)]
+    more += [f"pattern{i}" for i in range(len(plan.patterns))]
+    words = ("t", "member_t", "pattern_t", *functions(plan, members), *more)
+    return [f"{name}_{word}" for word in words]
 
 
 def _common(plan: Plan, name: str, schedules: Sequence[Schedule]) -> dict[str, Any]:
     """What all templates may use."""
     graph, mse = plan.graph, plan.loss == "mse"
     outputs = graph.values[graph.output].size
+    last = plan.inner_steps - 1
     return {
         "net": name,
         "NET": name.upper(),
@@ -90,6 +125,9 @@ def _common(plan: Plan, name: str, schedules: Sequence[Schedule]) -> dict[str, A
         "arena": max(s.plan.cost.arena for s in schedules),
         "learned": max(s.learned for s in schedules),
         "learned_floats": max(s.learned_floats for s in schedules),
+        "inner_steps": plan.inner_steps,
+        "inner": f"m->progress.steps < {last}u ? m->progress.steps : {last}u",
+        "forget": plan.inner_steps > 1 and schedules[0].forget,
     }
 
 
@@ -112,6 +150,8 @@ def _shim(plan: Plan, name: str, members: Sequence[Plan]) -> str:
     lines += [f"#define MO_NET_{x} {name.upper()}_{x}" for x in macros]
     lines += [f"#define MO_NET_MEMBERS {len(members)} /* 0: one plan, nothing to select */"]
     lines += [f"#define MO_NET_PROTOTYPES {int(plan.program.refresh is not None)}"]
+    if plan.inner_steps > 1:
+        lines.append(f"#define MO_NET_INNER_STEPS {name.upper()}_INNER_STEPS")
     names = ("t", *(f for f in functions(plan, members) if f != "size"))
     lines += [f"#define mo_net_{x} {name}_{x}" for x in names]
     return "\n".join([*lines, "", "#endif", ""])

@@ -2,7 +2,40 @@
 
 from __future__ import annotations
 
+from modicum.meta.anil import ANIL
+from modicum.meta.boil import BOIL
+from modicum.meta.config import MetaTrace, MetaTrain, Scores
+from modicum.meta.learner import Learner, Rule
+from modicum.meta.maml import MAML
+from modicum.meta.mamlpp import MAMLPP
+from modicum.meta.plans import method_of
+from modicum.meta.pmeta import PMeta
 from modicum.meta.protonet import ProtoNet
-from modicum.meta.train import MetaTrace, MetaTrain, metatrain
+from modicum.meta.reptile import Reptile
+from modicum.meta.rules import RULES, AnyRule
+from modicum.meta.sources import Episodes, Sines, TaskSource
+from modicum.meta.train import judge, load_learner, metatrain
 
-__all__ = ["MetaTrace", "MetaTrain", "ProtoNet", "metatrain"]
+__all__ = [
+    "ANIL",
+    "BOIL",
+    "MAML",
+    "MAMLPP",
+    "RULES",
+    "AnyRule",
+    "Episodes",
+    "Learner",
+    "MetaTrace",
+    "MetaTrain",
+    "PMeta",
+    "ProtoNet",
+    "Reptile",
+    "Rule",
+    "Scores",
+    "Sines",
+    "TaskSource",
+    "judge",
+    "load_learner",
+    "metatrain",
+    "method_of",
+]

@@ -3,124 +3,131 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
+import ctypes
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from modicum.errors import InvalidInput, UsageError
-from modicum.graph import Frozen
 from modicum.heads import FewShot
-from modicum.meta.protonet import ProtoNet, ProtoNetLoss
-from modicum.tasks import Augment, FixedEpisodes, Labelled, Preprocess, Task, draw_task, take
-from modicum.units import duration, percent
+from modicum.meta.config import MetaTrace, MetaTrain, Scores
+from modicum.meta.files import read_state, weights_hash, write_state
+from modicum.meta.learner import GradientLearner, Learner
+from modicum.meta.plans import method_of
+from modicum.meta.rules import AnyRule
+from modicum.meta.sources import Drawn, Episodes, TaskSource
+from modicum.tasks import Labelled, Preprocess
+from modicum.units import percent
 
-Rate = Annotated[float, Field(ge=0, lt=float("inf"))]
-VALIDATION_SEED = 2_718_281
-"""Of the validation tasks: none of those that are trained on."""
-
-
-class MetaTrain(Frozen):
-    """How long, how fast, on what tasks.  The defaults are those of P>M>F and TinyTrain.
-
-    `epochs` of `episodes` tasks each, `tasks` of which make one update (per process).  The rate
-    rises linearly from `warmup_rate` to `rate` over `warmup` epochs, then falls as a cosine to
-    `final_rate`.  SGD with momentum.  After every epoch the mean accuracy over `validation` tasks
-    of other classes is taken, if there is such a set, and the best weights are kept.
-
-    `norms`: "frozen" leaves batch norms with the statistics that they came with, as on a device
-    that sees one sample at a time; "batch" uses and follows those of each task.
-    """
-
-    epochs: Annotated[int, Field(ge=1)] = 100
-    episodes: Annotated[int, Field(ge=1)] = 2000
-    tasks: Annotated[int, Field(ge=1)] = 1
-    rule: ProtoNet = ProtoNet()
-    episode: FixedEpisodes = FixedEpisodes(ways=5, shots=5, queries=15)
-    augment: Augment | None = None
-    rate: Rate = 5e-5
-    warmup_rate: Rate = 1e-6
-    final_rate: Rate = 1e-6
-    warmup: Annotated[float, Field(ge=0)] = 5
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Rate = 0.0
-    validation: Annotated[int, Field(ge=1)] = 100
-    norms: Literal["frozen", "batch"] = "frozen"
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _long_enough(self) -> MetaTrain:
-        if self.warmup >= self.epochs and self.warmup:
-            raise ValueError(f"{self.warmup} epochs of warm-up do not fit in {self.epochs}")
-        if self.episodes % self.tasks:
-            raise ValueError(f"{self.episodes} episodes are not whole updates of {self.tasks}")
-        return self
-
-    @property
-    def updates(self) -> int:
-        """In all."""
-        return self.epochs * self.episodes // self.tasks
-
-    def rate_at(self, update: int) -> float:
-        """The learning rate of an update, counted from 0."""
-        ramp = round(self.warmup * self.episodes / self.tasks)
-        if update < ramp:
-            return self.warmup_rate + (self.rate - self.warmup_rate) * update / ramp
-        share = (update - ramp) / max(1, self.updates - ramp)
-        return self.final_rate + (self.rate - self.final_rate) * (1 + math.cos(math.pi * share)) / 2
-
-
-class MetaTrace(Frozen):
-    """What came of it, one entry per epoch; `best` is the epoch whose weights were kept."""
-
-    losses: tuple[float, ...]
-    accuracies: tuple[float, ...]
-    validation: tuple[float, ...]
-    best: int
-    seconds: float
-
-    def __str__(self) -> str:
-        text = f"{len(self.losses)} epochs in {duration(self.seconds)}, "
-        text += f"loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}"
-        if self.validation:
-            held = percent(self.validation[self.best])
-            text += f"; kept: epoch {self.best + 1}, validation accuracy {held}"
-        return text
+TEST_SEED = 2_718_281
+"""Of tasks to be judged on: none of those that are trained on."""
 
 
 def metatrain(
-    net: FewShot,
-    dataset: Labelled,
-    preprocess: Preprocess,
+    net: nn.Module,
+    dataset: Labelled | TaskSource,
+    preprocess: Preprocess | None = None,
     config: MetaTrain | None = None,
     *,
     out: str | Path,
-    validation: Labelled | None = None,
+    validation: Labelled | TaskSource | None = None,
+    test: Labelled | TaskSource | None = None,
+    test_tasks: int = 600,
     progress: bool = False,
 ) -> MetaTrace:
     """Meta-train `net` in place, and return how it went.
 
+    Tasks are drawn from a labelled dataset, whose images `preprocess` makes fit, or come from a
+    TaskSource.  For ProtoNet `net` is a `few_shot` model, for the other rules one with a head of
+    as many outputs as a task has ways, or as its targets.
+
     `out` gets checkpoint.pt after each epoch, log.jsonl, and at the end weights.pt, the state dict
-    of `net`.  Called again with the same arguments it goes on from the checkpoint.  Under torchrun
-    each process takes tasks of its own and the gradients are averaged (DDP; gloo on CPUs, nccl on
-    GPUs).  Raises InvalidInput for a checkpoint of another training.
+    of `net`, and learner.pt, with the step sizes and whatever else the rule has learned beside it
+    (`load_learner`), for a rule with gradient steps also method.json, the method that a plan of
+    them is made with (`method_of`), where one can say it.  Called again with the same arguments it
+    goes on from the checkpoint.  Under torchrun each process takes tasks of its own and the
+    gradients are averaged (DDP; gloo on CPUs, nccl on GPUs).
+
+    `test`: what was kept is judged on `test_tasks` tasks of it, with a 95 % interval.  Raises
+    InvalidInput for a checkpoint of another training, and UsageError for a net that does not go
+    with the rule.
     """
     config = config or MetaTrain()
+    keep_freed_memory()
     rank, world = _processes(next(net.parameters()).device)
-    run = _Run(net, dataset, preprocess, config, Path(out), validation, rank, world, progress)
-    return run.train()
+    sources = [_source(given, preprocess, config) for given in (dataset, validation, test)]
+    assert sources[0] is not None
+    run = _Run(net, sources[0], config, Path(out), sources[1], rank, world, progress)
+    trace = run.train()
+    if sources[2] is not None:
+        trace = trace.model_copy(update={"test": run.test(sources[2], test_tasks)})
+    return trace
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to keep what PyTorch frees: it asks for the same sizes in every step.
+
+    Large tensors would go back to the system otherwise and be mapped and cleared again, which is
+    a sixth of the time of an update of MAML.  Holds for the whole process; without glibc nothing
+    happens.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    mallopt(mmap_threshold, 1 << 25)  # as large as it takes
+    mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def load_learner(net: nn.Module, path: str | Path) -> tuple[AnyRule, Learner]:
+    """The rule and the learner that `metatrain` wrote to learner.pt, around a copy of `net`.
+
+    Raises InvalidInput for a file that is broken, or of another rule or model.
+    """
+    state = read_state(Path(path), next(net.parameters()).device, "another file")
+    try:
+        rule = MetaTrain.model_validate({"rule": state["rule"]}).rule
+        learner = rule.learner(net)
+        learner.load_state_dict(state["learner"])
+    except (KeyError, TypeError, ValidationError, RuntimeError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InvalidInput(
+            f"{path} is of another rule or model", why=why, hint="the net that it was trained with"
+        ) from None
+    return rule, learner.eval()
+
+
+def judge(
+    learner: Learner, source: TaskSource, tasks: int = 600, *, first: int = 0, every: int = 1
+) -> list[float]:
+    """The scores of a learner on tasks `first`, `first` + `every`, .. below `tasks` of a source.
+
+    The accuracy for labels, the mean squared error for targets of floats.
+    """
+    learner.eval()
+    device = next(learner.parameters()).device
+    scores = []
+    with torch.no_grad():
+        for index in range(first, tasks, every):
+            drawn = tensors([source.draw(TEST_SEED, index)], device)
+            loss, outputs = learner(*drawn)
+            scores.append(_score(loss, outputs, drawn[3]))
+    return scores
 
 
 class _Run:
@@ -128,49 +135,43 @@ class _Run:
 
     def __init__(
         self,
-        net: FewShot,
-        dataset: Labelled,
-        preprocess: Preprocess,
+        net: nn.Module,
+        source: TaskSource,
         config: MetaTrain,
         folder: Path,
-        validation: Labelled | None,
+        validation: TaskSource | None,
         rank: int,
         world: int,
         progress: bool,
     ) -> None:
-        self.net, self.dataset, self.preprocess, self.config = net, dataset, preprocess, config
+        self.net, self.source, self.config = net, source, config
         self.folder, self.validation = folder, validation
         self.rank, self.world, self.progress = rank, world, progress and rank == 0
         self.device = next(net.parameters()).device
-        self.loss = ProtoNetLoss(config.rule, net)
-        self.optimizer = torch.optim.SGD(
-            self.loss.parameters(),
-            config.rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        self.wrapped: nn.Module = self.loss
+        self.inputs: dict[str, Any] = {
+            "config": config.model_dump(mode="json"),
+            "data": source.fingerprint(),
+            "validation": None if validation is None else validation.fingerprint(),
+            "processes": world,
+            "weights": weights_hash(net),
+        }
+        self.inputs = json.loads(json.dumps(self.inputs))
+        self.learner = config.rule.learner(net).to(self.device)
+        self.optimizer = _optimizer(config, self.learner)
+        self.wrapped: nn.Module = self.learner
         if world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.wrapped = nn.parallel.DistributedDataParallel(self.loss, device_ids=ids)
+            self.wrapped = nn.parallel.DistributedDataParallel(self.learner, device_ids=ids)
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.seconds = 0.0
-        self.inputs: dict[str, Any] = {
-            "config": config.model_dump(mode="json"),
-            "preprocess": preprocess.model_dump(mode="json"),
-            "data": _fingerprint(dataset),
-            "validation": None if validation is None else _fingerprint(validation),
-            "processes": world,
-            "weights": _weights_hash(net.backbone),
-        }
-        self.inputs = json.loads(json.dumps(self.inputs))
+        self.labels = True
 
     def train(self) -> MetaTrace:
+        for source in (self.source, self.validation):  # says now what does not fit
+            if source is not None:
+                self.labels = _check_outputs(self.net, source.draw(0, 0))
         self.folder.mkdir(parents=True, exist_ok=True)
-        for dataset in (self.dataset, self.validation):  # says now what does not fit
-            if dataset is not None:
-                draw_task(dataset, self.config.episode, seed=0, index=0)
         self.resume()
         board = _tensorboard(self.folder) if self.rank == 0 else None
         for epoch in range(len(self.log), self.config.epochs):
@@ -184,7 +185,7 @@ class _Run:
             entry["seconds"] = self.seconds
             self.log.append(entry)
             if self.best_epoch() == epoch:
-                self.best = {k: v.detach().clone() for k, v in self.loss.state_dict().items()}
+                self.best = {k: v.detach().clone() for k, v in self.learner.state_dict().items()}
             if self.rank == 0:
                 self.save()
                 self.say(entry)
@@ -193,74 +194,92 @@ class _Run:
                         board.add_scalar(key, value, epoch)
         if board is not None:
             board.close()
-        self.loss.load_state_dict(self.best)
-        self.loss.write_to(self.net)
+        self.learner.load_state_dict(self.best)
+        self.learner.write_to(self.net)
         if self.rank == 0:
-            _write(self.folder / "weights.pt", self.net.state_dict())
+            write_state(self.folder / "weights.pt", self.net.state_dict())
+            rule = self.config.rule.model_dump(mode="json")
+            state = {"rule": rule, "learner": self.learner.state_dict()}
+            write_state(self.folder / "learner.pt", state)
+            self.write_method()
         return MetaTrace(
             losses=tuple(e["loss"] for e in self.log),
-            accuracies=tuple(e["accuracy"] for e in self.log),
+            accuracies=tuple(e["accuracy"] for e in self.log if "accuracy" in e),
             validation=tuple(e["validation"] for e in self.log if "validation" in e),
             best=self.best_epoch(),
             seconds=self.seconds,
         )
 
+    def write_method(self) -> None:
+        """What a plan is made with, where one says what the rule has learned."""
+        if not isinstance(self.learner, GradientLearner) or not self.learner.judged:
+            return
+        with suppress(UsageError):
+            method = method_of(self.learner, len(self.source.draw(0, 0)[0]))
+            (self.folder / "method.json").write_text(method.model_dump_json(indent=1) + "\n")
+
     def best_epoch(self) -> int:
-        """The one with the best validation accuracy; without validation the last."""
+        """The one with the best validation score; without validation the last."""
         if self.validation is None:
             return len(self.log) - 1
-        return max(range(len(self.log)), key=lambda i: (self.log[i]["validation"], i))
+        sign = 1 if self.labels else -1
+        return max(range(len(self.log)), key=lambda i: (sign * self.log[i]["validation"], i))
 
     def epoch(self, epoch: int) -> dict[str, Any]:
         config = self.config
-        self.loss.train(config.norms == "batch")
+        self.learner.train()
         per_epoch = config.episodes // config.tasks
-        losses, hits = [], []
+        losses, scores = [], []
         for step in _bar(range(per_epoch), f"epoch {epoch + 1}/{config.epochs}", self.progress):
             update = epoch * per_epoch + step
+            self.learner.progress = update / config.updates
             for group in self.optimizer.param_groups:
                 group["lr"] = config.rate_at(update)
-            for i in range(config.tasks):
-                index = (update * config.tasks + i) * self.world + self.rank
-                task = draw_task(self.dataset, config.episode, seed=config.seed, index=index)
-                loss, hit = self.task(task, index)
-                if not math.isfinite(float(loss.detach())):
+            for first in range(0, config.tasks, config.together):
+                numbers = [
+                    (update * config.tasks + first + i) * self.world + self.rank
+                    for i in range(config.together)
+                ]
+                drawn = tensors(
+                    [self.source.draw(config.seed, n, train=True) for n in numbers], self.device
+                )
+                loss, outputs = self.wrapped(*drawn)
+                value = float(loss.detach())
+                if not math.isfinite(value):
                     raise InvalidInput(
-                        f"the loss is not finite in update {update}", hint="a smaller rate"
+                        f"the loss is not finite in update {update}",
+                        hint="a smaller rate, of the outer or of the inner rule",
                     )
-                (loss / config.tasks).backward()
-                losses.append(float(loss.detach()))
-                hits.append(hit)
+                (loss * (config.together / config.tasks)).backward()
+                losses.append(value)
+                scores.append(_score(loss, outputs, drawn[3]))
+            if config.clip is not None:
+                nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        loss, accuracy = self.mean([float(np.mean(losses)), float(np.mean(hits))])
-        return {"epoch": epoch, "loss": loss, "accuracy": accuracy}
-
-    def task(self, task: Task, index: int, train: bool = True) -> tuple[Tensor, float]:
-        augment = self.config.augment if train else None
-        parts = [
-            take(part, self.preprocess, np.arange(len(part)), seed=self.config.seed, epoch=e,
-                 augment=augment)
-            for e, part in ((2 * index, task.support), (2 * index + 1, task.query))
-        ]  # fmt: skip
-        (xs, ys), (xq, yq) = ((torch.from_numpy(x), torch.from_numpy(y)) for x, y in parts)
-        yq = yq.to(self.device)
-        net = self.wrapped if train else self.loss
-        logits = net(xs.to(self.device), ys.to(self.device), xq.to(self.device))
-        hits = float((logits.argmax(1) == yq).float().mean())
-        return self.loss.loss(logits, yq), hits
+            self.learner.after_update(*(part[-1] for part in drawn))
+        loss_, score = self.mean([float(np.mean(losses)), float(np.mean(scores))])
+        return {"epoch": epoch, "loss": loss_, **({"accuracy": score} if self.labels else {})}
 
     def validate(self) -> float:
         assert self.validation is not None
-        self.loss.eval()
-        hits = []
-        with torch.no_grad():
-            for index in range(self.rank, self.config.validation, self.world):
-                rule = self.config.episode
-                task = draw_task(self.validation, rule, seed=VALIDATION_SEED, index=index)
-                hits.append(self.task(task, index, train=False)[1])
-        total, n = self.mean([sum(hits), float(len(hits))])
-        return total / n
+        return self._judged(self.validation, self.config.validation)[0]
+
+    def test(self, source: TaskSource, tasks: int) -> Scores:
+        """Over all processes; the same in each."""
+        mean, spread = self._judged(source, tasks)
+        return Scores(tasks=tasks, mean=mean, interval=spread, labels=self.labels)
+
+    def _judged(self, source: TaskSource, tasks: int) -> tuple[float, float]:
+        """(mean, half of the 95 % interval of it)."""
+        scores = np.array(judge(self.learner, source, tasks, first=self.rank, every=self.world))
+        total, squares, n = self.mean(
+            [float(scores.sum()), float((scores**2).sum()), float(len(scores))]
+        )
+        mean = total / n
+        count = n * self.world
+        spread = max(0.0, squares / n - mean * mean) * count / max(1.0, count - 1)
+        return mean, 1.96 * math.sqrt(spread / count)
 
     def mean(self, values: list[float]) -> list[float]:
         """Over all processes."""
@@ -281,7 +300,7 @@ class _Run:
     def share_buffers(self) -> None:
         """Statistics that norms followed are those of the first process for all."""
         if self.world > 1:
-            for buffer in self.loss.buffers():
+            for buffer in self.learner.buffers():
                 dist.broadcast(buffer, 0)
 
     # ---- files ----
@@ -291,11 +310,11 @@ class _Run:
             "inputs": self.inputs,
             "log": self.log,
             "seconds": self.seconds,
-            "loss": self.loss.state_dict(),
+            "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
         }
-        _write(self.folder / "checkpoint.pt", state)
+        write_state(self.folder / "checkpoint.pt", state)
         lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
         (self.folder / "log.jsonl").write_text(lines)
 
@@ -303,15 +322,13 @@ class _Run:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
+        state = read_state(path, self.device, "another --out, or delete it")
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
             known = {**state["inputs"]}
             log, best, seconds = list(state["log"]), dict(state["best"]), float(state["seconds"])
-        except Exception as error:  # whatever unpickling meets
+        except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(
-                f"cannot read {path}",
-                why=(str(error).strip() or type(error).__name__).splitlines()[0],
-                hint="another --out, or delete it",
+                f"cannot read {path}", why=repr(error), hint="another --out, or delete it"
             ) from None
         if known != self.inputs:
             odd = [k for k, given in self.inputs.items() if known.get(k) != given]
@@ -320,7 +337,7 @@ class _Run:
                 why=f"what differs: {', '.join(odd)}",
                 hint="another --out, or the arguments that it was started with",
             )
-        self.loss.load_state_dict(state["loss"])
+        self.learner.load_state_dict(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.log, self.best, self.seconds = log, best, seconds
         if self.progress:
@@ -329,10 +346,12 @@ class _Run:
     def say(self, entry: dict[str, Any]) -> None:
         if self.progress:
             held = entry.get("validation")
-            more = "" if held is None else f", validation {percent(held)}"
+            shown = percent if self.labels else "{:.3f}".format
+            more = "" if held is None else f", validation {shown(held)}"
+            accuracy = f", accuracy {percent(entry['accuracy'])}" if self.labels else ""
             print(
-                f"epoch {entry['epoch'] + 1}/{self.config.epochs}: loss {entry['loss']:.3f}, "
-                f"accuracy {percent(entry['accuracy'])}{more}",
+                f"epoch {entry['epoch'] + 1}/{self.config.epochs}: loss {entry['loss']:.3f}"
+                f"{accuracy}{more}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -357,27 +376,56 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _fingerprint(dataset: Labelled) -> dict[str, Any]:
-    """What a dataset is, without decoding all of it: names, labels, an image of each class."""
-    digest = hashlib.sha256(json.dumps([dataset.classes, dataset.names]).encode())
-    digest.update(np.ascontiguousarray(dataset.labels, "<i8").tobytes())
-    for first in np.unique(dataset.labels, return_index=True)[1]:
-        digest.update(np.ascontiguousarray(dataset.image(int(first))).tobytes())
-    return {"images": len(dataset), "sha256": digest.hexdigest()}
+def _source(
+    given: Labelled | TaskSource | None, preprocess: Preprocess | None, config: MetaTrain
+) -> TaskSource | None:
+    if not isinstance(given, Labelled):
+        return given
+    if preprocess is None:
+        raise UsageError("images need a Preprocess", hint="metatrain(net, dataset, Preprocess(..))")
+    return Episodes(given, preprocess, config.episode, config.augment)
 
 
-def _weights_hash(net: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
-    return digest.hexdigest()
+def _check_outputs(net: nn.Module, drawn: Drawn) -> bool:
+    """Whether tasks are of labels; raise UsageError where the net has too few outputs for them."""
+    xs, ys, _, _ = drawn
+    labels = not np.issubdtype(ys.dtype, np.floating)
+    if labels and not isinstance(net, FewShot):
+        training, device = net.training, next(net.parameters()).device
+        with torch.no_grad():
+            outputs = net.eval()(torch.from_numpy(xs[:1]).to(device)).shape[-1]
+        net.train(training)
+        if outputs <= ys.max():
+            raise UsageError(
+                f"the model has {outputs} outputs, and tasks have {int(ys.max()) + 1} ways",
+                hint="a head with an output for each way, or fewer --ways",
+            )
+    return labels
 
 
-def _write(path: Path, data: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    torch.save(data, part)
-    part.replace(path)
+def _optimizer(config: MetaTrain, learner: Learner) -> torch.optim.Optimizer:
+    if config.optimizer == "adam":
+        return torch.optim.Adam(learner.parameters(), config.rate, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        learner.parameters(),
+        config.rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+
+def tensors(drawn: list[Drawn], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tasks of the same size, stacked: (t, n, ...), (t, n), (t, m, ...), (t, m)."""
+    xs, ys, xq, yq = (
+        torch.from_numpy(np.stack(parts)).to(device) for parts in zip(*drawn, strict=True)
+    )
+    return xs, ys, xq, yq
+
+
+def _score(loss: Tensor, outputs: Tensor, answers: Tensor) -> float:
+    if answers.is_floating_point():
+        return float(loss.detach())
+    return float((outputs.argmax(-1) == answers).float().mean())
 
 
 def _tensorboard(folder: Path) -> Any:

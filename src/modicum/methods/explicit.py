@@ -11,22 +11,29 @@ from modicum.errors import UsageError
 from modicum.graph import Frozen, Graph
 from modicum.methods.base import Method
 from modicum.ops import OPS
-from modicum.selection import Selection, Slice, Update
+from modicum.selection import Rates, Selection, Slice, Update
 
 
 class Channels(Frozen):
-    """Output and input channels of the parameters that a pattern matches; None is all."""
+    """Output and input channels of the parameters that a pattern matches; None is all.
+
+    `rates` are their step sizes relative to the optimiser's, by inner step, the last one repeated;
+    0 is "not in this step".
+    """
 
     out: tuple[int, ...] | None = None
     inp: tuple[int, ...] | None = None
+    rates: Rates = (1.0,)
 
 
 class Explicit(Method):
     """Train the parameters whose names match a pattern, whole or as channel slices.
 
     >>> method = Explicit(params={"classifier.*": None, "blocks.5.*.weight": {"out": (0, 3)}})
+    >>> twice = Explicit(params={"classifier.*": None, "blocks.5.*": {"rates": (1.0, 0.5, 0.0)}})
 
-    A channel list applies where the axis exists: `inp` is ignored on biases.  The first pattern
+    The second trains `blocks.5` in the first two updates of a task, the classifier in all.  A
+    channel list applies where the axis exists: `inp` is ignored on biases.  The first pattern
     that matches a parameter decides.  `batch_norms` and `sign` are patterns of nodes: norms that
     use and follow batch statistics, activations with a sign mask for their derivative.  A pattern
     without a match is an error.
@@ -52,7 +59,7 @@ class Explicit(Method):
                 c = self.params[match] or Channels()
                 has_inputs = len(graph.params[name].shape) > 1
                 part = Slice(out=c.out, inp=c.inp if has_inputs else None)
-                updates.append(Update(param=name, slice=part))
+                updates.append(Update(param=name, slice=part, rates=c.rates))
         norms = [n.name for n in graph.nodes if n.op == "batch_norm"]
         activations = [n.name for n in graph.nodes if OPS[n.op].takes_sign(n)]
         return Selection(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from modicum.models.fewshot import Conv4, GaussianPolicy, ResNet12, SineNet
 from modicum.models.inverted_residual import FOLDED, Backbone, Style
 from modicum.models.mobile import (
     TENSORFLOW,
@@ -28,9 +29,11 @@ __all__ = [
     "MODELS",
     "TENSORFLOW",
     "Backbone",
+    "Conv4",
     "DigitsNet",
     "EfficientNetLite0",
     "Entry",
+    "GaussianPolicy",
     "Loaded",
     "Mbv2W035",
     "Mcunet5fps",
@@ -40,6 +43,8 @@ __all__ = [
     "MobileNetV3Small",
     "ProxylessMobile",
     "ProxylessW03",
+    "ResNet12",
+    "SineNet",
     "SmallCnn",
     "Style",
     "load_weights",
@@ -80,6 +85,12 @@ MODELS: dict[str, Entry] = {
     "digits": Entry(DigitsNet, (1, 1, 8, 8), 6, "the quick start's separable CNN for 8x8 digits"),
     "mlp": Entry(Mlp, (1, 784), 10, "784-64-10 perceptron"),
     "cnn28": Entry(SmallCnn, (1, 1, 28, 28), 10, "two strided convolutions and a linear layer"),
+    "conv4-32": Entry(Conv4, (1, 1, 28, 28), 5, "Conv4 of few-shot learning, 32 filters"),
+    "conv4-64": Entry(
+        lambda n: Conv4(n, 64, 3, 64), (1, 3, 64, 64), 5, "Conv4 of few-shot learning, 64 filters"
+    ),
+    "resnet12": Entry(ResNet12, (1, 3, 64, 64), 5, "ResNet-12 of few-shot learning"),
+    "sine": Entry(SineNet, (1, 1), 1, "1-40-40-1 regressor of sine waves"),
     "mcunet-5fps": _pictures(
         Mcunet5fps, 128, "MCUNet for 5 frames per second, norms folded", CENTRED
     ),

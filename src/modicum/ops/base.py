@@ -109,10 +109,22 @@ class Indices:
 
 
 @dataclass(frozen=True)
+class ByStep:
+    """A constant for each inner step."""
+
+    ctype: Literal["float", "uint32_t"]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Expr:
-    """A C expression that the emitted schedule defines, such as ``lr`` or ``row_end``."""
+    """A C expression that the emitted schedule defines, such as ``lr`` or ``row_end``.
+
+    It may read a `table`: ``{table}[inner]`` is then the entry of the inner step.
+    """
 
     text: str
+    table: ByStep | None = None
 
 
 Arg = Buf | Const | Struct | Indices | Expr | int | float | None

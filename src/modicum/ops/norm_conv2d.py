@@ -6,7 +6,7 @@ the weight w s.  With G = dL/d(w s), the weight gradient of the plain convolutio
 dw = s G;  dshift = sum dy;  dscale = rstd ((bias - mean) sum dy + sum_i w G);  dx = conv^T(dy, w s)
 
 So the scale's gradient needs nothing but x, which the weight's gradient needs anyway: the norm's
-own input, which autograd would keep, is not kept.
+own input, which autograd would keep, is not kept.  So where the scale is trained, the weight is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class NormConv2d(Conv2d):
 
     def elementwise(self, graph, node, wanted):
         """The affine map; the scaling of dy, and the sum of dy that shift and scale share."""
-        return (2, 1 + (len(wanted.params) > 1))
+        scaled = wanted.dx[0] or "weight" in wanted.params
+        return (2, scaled + bool({"scale", "shift"} & wanted.params.keys()))
 
     def forward(self, node, x, p):
         weight, shift = _folded(p)
@@ -35,15 +36,15 @@ class NormConv2d(Conv2d):
         weight, _ = _folded(p)
         as_conv = Wanted(wanted.dx, {r: s for r, s in wanted.params.items() if r == "weight"})
         dx, grads = super().backward(node, dy, kept, {"weight": weight}, as_conv, x_shapes)
-        g = grads["weight"]
-        total = dy.sum((0, 2, 3)) if len(wanted.params) > 1 else None
+        total = dy.sum((0, 2, 3)) if {"scale", "shift"} & wanted.params.keys() else None
         if "shift" in wanted.params:
             grads["shift"] = total
         if "scale" in wanted.params:
-            inner = (p["weight"] * g).flatten(1).sum(1)
+            inner = (p["weight"] * grads["weight"]).flatten(1).sum(1)
             centre = p["bias"] - p["mean"] if "bias" in p else -p["mean"]
             grads["scale"] = p["rstd"] * (centre * total + inner)
-        grads["weight"] = g * (p["scale"] * p["rstd"]).view(-1, 1, 1, 1)
+        if "weight" in wanted.params:
+            grads["weight"] = grads["weight"] * (p["scale"] * p["rstd"]).view(-1, 1, 1, 1)
         return dx, grads
 
     def c_forward(self, f):

@@ -83,7 +83,7 @@ class Report(Runs):
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; what is not finite is None."""
         p = self.plan
-        fields = {"method", "optimizer", "loss", "accumulate", "ram", "flash", "cost", "layers"}
+        fields = {"method", "optimizer", "loss", "accumulate", "ram", "flash", "cost", "steps"}
         data: dict[str, Any] = {
             "version": VERSION,
             "plan": {
@@ -91,6 +91,7 @@ class Report(Runs):
                 "board": p.board.name if p.board else None,
                 "input": list(p.graph.shape(p.graph.input)),
                 **p.model_dump(mode="json", include=fields),
+                "layers": [layer.model_dump(mode="json") for layer in p.layers],
             },
             "runs": [run_dict(n, t) for n, t in zip(self.names, self.traces, strict=True)],
             "comparisons": [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from modicum.plan import Plan
+from modicum.plan import Plan, step_rows
 from modicum.report.palette import PALETTE, STATUS
 from modicum.report.pictures import pictures
 from modicum.report.runs import Runs, accuracy_change, emulated, figure_of, plain, run_rows, short
@@ -38,6 +38,7 @@ def _shown(r: Runs) -> dict[str, Any]:
         "input " + " × ".join(map(str, p.graph.shape(p.graph.input)[1:])),
         str(p.optimizer),
         f"{p.accumulate} samples per update" if p.accumulate > 1 else "one sample per update",
+        *([f"{p.inner_steps} inner steps that differ"] if p.inner_steps > 1 else []),
         p.loss.replace("_", " ") + " loss",
     ]
     return {
@@ -51,6 +52,8 @@ def _shown(r: Runs) -> dict[str, Any]:
         "comparisons": [str(c) for c in r.comparisons],
         "emulated": any(emulated(t) for t in r.traces),
         "plan_rows": plan_rows(p, m),
+        "step_rows": step_rows(p) if p.inner_steps > 1 else [],
+        "pattern": p.worst if len(p.patterns) > 1 else None,
         "buffers": buffer_rows(p),
         "buffer_count": len(p.program.buffers),
         "step_count": len(p.program.steps),

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from modicum.cost import LayerCost
 from modicum.lower import Program
+from modicum.memory import persistent_bytes
 from modicum.ops import OPS
 from modicum.plan import Plan
 from modicum.report.palette import KINDS
@@ -35,8 +36,7 @@ class Memory:
 
 def memory_of(p: Plan) -> Memory:
     program = p.program
-    ends = [p.offsets[n] + b.bytes for n, b in program.buffers.items() if b.persistent]
-    persistent = max(ends, default=0)
+    persistent = persistent_bytes(program, p.offsets)
     live: dict[str, Numbers] = {}
     for name, (first, last) in program.lifetimes.items():
         buffer = program.buffers[name]
@@ -66,7 +66,7 @@ def status_of(program: Program, row: LayerCost) -> str:
 def picture_layers(p: Plan) -> list[Layer]:
     """One row per layer with parameters; nodes without any are counted with the layer before."""
     program = p.program
-    in_ram = {t.param: t.size for t in program.trained}
+    updated = {t.param: t.size for t in program.updated}
     rows: list[Layer] = []
     for row, node in zip(p.layers, program.graph.nodes, strict=True):
         names = [node.params[role] for role in OPS[node.op].roles if role in node.params]
@@ -74,7 +74,7 @@ def picture_layers(p: Plan) -> list[Layer]:
             name=plain(row.name),
             status=status_of(program, row),
             params=sum(program.graph.params[n].size for n in names),
-            trained=sum(in_ram.get(n, 0) for n in names),
+            trained=sum(updated.get(n, 0) for n in names),
             forward=row.macs_forward,
             backward=row.macs_dx + row.macs_dw,
             kept=sum(n for _, n, _ in row.kept),
@@ -108,13 +108,16 @@ def plan_rows(p: Plan, m: Memory) -> list[tuple[str, str, str, int]]:
         rows.append(("accumulated gradients", kib(c.accumulator_bytes), text, 2))
     peak = int(np.argmax(m.total))
     step = p.program.steps[peak]
+    at = f"{phase_words(step.phase)} of {plain(step.node)}"
+    if int(m.total[peak]) != c.lower_bound:  # another pattern, with a smaller arena, has it
+        at = "in another inner step"
     rows += [
         ("dynamic", kib(m.dynamic), "Shared by activations, saved values, gradients and "
          "workspace, each for as long as it lives.", 1),
         ("of it saved", kib(c.saved), "Kept from the forward to the backward pass, one sample. "
          "Not to be added: it lies in the dynamic part.", 2),
         ("Lower bound", kib(c.lower_bound), "Most bytes live at once in a training step, "
-         f"persistent ones included: {phase_words(step.phase)} of {plain(step.node)}. "
+         f"persistent ones included: {at}. "
          "No placement is smaller.", 0),
         ("Floor", kib(c.floor), "Most bytes live at once in inference alone, at "
          f"{plain(c.floor_at)}. No choice of layers goes below it.", 0),

@@ -241,6 +241,9 @@ void mo_momentum(float *w, const float *g, float *v, int32_t n, float lr, float 
 /* c1 = 1 - beta1^t, c2 = 1 - beta2^t; w -= lr * (m / c1) / (sqrt(v / c2) + eps), as PyTorch */
 void mo_adam(float *w, const float *g, float *m, float *v, int32_t n, float lr, float beta1,
              float beta2, float eps, float c1, float c2, float weight_decay);
+/* the same, where w is not updated every time: this is the t-th of its own updates, t > 0 */
+void mo_adam_counted(float *w, const float *g, float *m, float *v, int32_t n, float lr,
+                     float beta1, float beta2, float eps, uint32_t t, float weight_decay);
 
 /* ---- guard.c ---- */
 /* 1 if every one of n floats is finite (bit test, so -ffast-math cannot remove it) */

@@ -39,6 +39,9 @@ typedef struct {
   float c1, c2;
 } mo_progress_t;
 
+/* Where step sizes go by the count of updates, it stays here. */
+#define MO_STEPS_MOST 0x7FFFFFFFu
+
 /* Returns the length, or 0 when the blob does not have the room. */
 size_t mo_state_write(uint8_t *blob, size_t capacity, const uint8_t plan[16],
                       const mo_progress_t *progress, const float *payload, uint32_t bytes);
@@ -47,6 +50,9 @@ size_t mo_state_write(uint8_t *blob, size_t capacity, const uint8_t plan[16],
    floats in the payload that must not be negative (Adam's second moments). */
 int mo_state_check(const uint8_t *blob, size_t length, const uint8_t plan[16], uint32_t bytes,
                    uint32_t accumulate, const uint32_t (*not_negative)[2], int32_t runs);
+
+/* The count of updates in a checked blob. */
+uint32_t mo_state_steps(const uint8_t *blob);
 
 /* Copies what a checked blob holds. */
 void mo_state_read(const uint8_t *blob, mo_progress_t *progress, float *payload, uint32_t bytes);

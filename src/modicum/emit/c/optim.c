@@ -23,3 +23,19 @@ void mo_adam(float *w, const float *g, float *m, float *v, int32_t n, float lr, 
     w[i] -= lr * (m[i] / c1) / (mo_square_root(v[i] / c2) + eps);
   }
 }
+
+/* 1 - (1 - c)^n for n > 0, by squaring: sum, c and what they become are all of that form. */
+static float correction(uint32_t n, float c) {
+  float sum = 0.0f;
+  for (; n > 0u; n >>= 1) {
+    if ((n & 1u) != 0u) sum += (1.0f - sum) * c;
+    c += (1.0f - c) * c;
+  }
+  return sum;
+}
+
+void mo_adam_counted(float *w, const float *g, float *m, float *v, int32_t n, float lr,
+                     float beta1, float beta2, float eps, uint32_t t, float weight_decay) {
+  const float c1 = correction(t, 1.0f - beta1), c2 = correction(t, 1.0f - beta2);
+  mo_adam(w, g, m, v, n, lr, beta1, beta2, eps, c1, c2, weight_decay);
+}

@@ -105,6 +105,11 @@ int mo_state_check(const uint8_t *blob, size_t length, const uint8_t plan[16], u
   return MO_OK;
 }
 
+uint32_t mo_state_steps(const uint8_t *blob)
+{
+  return word_at(blob, AT_PROGRESS);
+}
+
 void mo_state_read(const uint8_t *blob, mo_progress_t *progress, float *payload, uint32_t bytes)
 {
   memcpy(progress, blob + AT_PROGRESS, sizeof *progress);

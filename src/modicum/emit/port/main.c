@@ -13,12 +13,13 @@
             4 clear prototypes   nothing
             5 add to prototype   as train; the label's
             6 select             nothing; the label is the member's index
+            7 clear steps        nothing
    trace  header   'MOTR' 1 n_outputs n_trained arena_planned flags
           record   kind status loss elapsed, then by kind
             0                    logits[n_outputs], only if status is 0
             1                    trained[n_trained], only with JOB_PARAMETERS
             2                    length, blob padded with zeros to 4 bytes, only if status is 0
-            3, 4, 5              nothing
+            3, 4, 5, 7           nothing
             6                    n_trained of the member, only if status is 0
           trailer  'MOND' arena_high_water stack_high_water stack_size data bss net records status
                    peak_rss
@@ -49,7 +50,8 @@ enum {
   JOB_IMPORT = 3,
   JOB_CLEAR = 4,
   JOB_ADD = 5,
-  JOB_SELECT = 6
+  JOB_SELECT = 6,
+  JOB_CLEAR_STEPS = 7
 };
 
 /* flags of a job, repeated in its trace */
@@ -225,6 +227,15 @@ static int clear_prototypes(void)
 }
 #endif
 
+#if defined(MO_NET_INNER_STEPS)
+static int clear_steps(void)
+{
+  const int status = mo_net_steps_clear(&guarded.net);
+  const trace_record_t result = {JOB_CLEAR_STEPS, (uint32_t)status, 0.0f, 0};
+  return put(&result, sizeof result);
+}
+#endif
+
 static void paint(uint32_t flags)
 {
   if ((flags & JOB_PAINT) != 0u) {
@@ -305,6 +316,10 @@ static int run_record(uint32_t record, uint32_t flags)
 #if MO_NET_MEMBERS > 0
   case JOB_SELECT:
     return select_member((int32_t)head[1], flags);
+#endif
+#if defined(MO_NET_INNER_STEPS)
+  case JOB_CLEAR_STEPS:
+    return clear_steps();
 #endif
 #if defined(MO_PORT_STATE)
   case JOB_EXPORT:

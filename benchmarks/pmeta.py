@@ -1,0 +1,377 @@
+"""p-Meta and its baselines: accuracy, peak dynamic memory and MACs of an adaptation.
+
+    python benchmarks/pmeta.py train --setting omniglot-5w1s
+    python benchmarks/pmeta.py train --setting omniglot-5w1s --set ablation
+    python benchmarks/pmeta.py table --json FILE
+
+Omniglot: 242 characters, 150 to train on (each in four rotations), 42 to validate, 50 to test;
+support and query of a test task come from other drawers.  Tiny-ImageNet: 130 / 30 / 40 classes.
+Conv4 from scratch, Adam, a cosine schedule, 4 tasks an update; the epoch with the best validation
+accuracy is kept and judged on 600 test tasks.  Every finished training is a folder below --out
+(default: ~/.cache/modicum/pmeta); one that was stopped goes on, and two processes may take
+different --rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import backbones
+import numpy as np
+import torch
+from torch import nn
+
+from modicum.apply import apply
+from modicum.capture import capture
+from modicum.heads import few_shot
+from modicum.live import LiveBytes
+from modicum.meta import (
+    ANIL,
+    BOIL,
+    MAML,
+    MAMLPP,
+    Episodes,
+    MetaTrain,
+    PMeta,
+    ProtoNet,
+    Reptile,
+    Rule,
+    load_learner,
+    metatrain,
+)
+from modicum.meta.memory import StepMemory, dynamic_bytes
+from modicum.meta.plans import layers_of_steps
+from modicum.meta.pmeta import PMetaLearner
+from modicum.models import Conv4, ResNet12
+from modicum.optim import SGD
+from modicum.plan import Plan, plan
+from modicum.tasks import FixedEpisodes, Labelled, Preprocess, arrays, load
+
+CACHE = Path.home() / ".cache" / "modicum" / "pmeta"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A dataset, a net, and the size of a task."""
+
+    data: str
+    ways: int
+    shots: int
+    queries: int
+    net: str
+    epochs: int
+    episodes: int = 400
+
+
+SETTINGS = {
+    "omniglot-5w1s": Setting("omniglot", 5, 1, 15, "conv4", 10),
+    "omniglot-5w5s": Setting("omniglot", 5, 5, 15, "conv4", 6),
+    "omniglot-20w1s": Setting("omniglot", 20, 1, 5, "conv4", 10),
+    "tiny-5w1s": Setting("tiny", 5, 1, 10, "conv4", 8),
+    "tiny-5w5s": Setting("tiny", 5, 5, 10, "conv4", 6),
+    "tiny-5w1s-resnet12": Setting("tiny", 5, 1, 5, "resnet12", 4, 200),
+}
+
+
+def main_set() -> dict[str, Rule]:
+    """The rows of the table; step sizes as chosen by validation accuracy (see `tune_set`)."""
+    return {
+        "MAML": MAML(rate=0.1),
+        "ANIL": ANIL(rate=0.5),
+        "BOIL": BOIL(rate=0.1),
+        "MAML++": MAMLPP(rate=0.1),
+        "p-Meta": PMeta(rate=0.1),
+        "ProtoNet": ProtoNet(norms="batch"),
+        "Reptile": Reptile(rate=0.1),
+    }
+
+
+def frozen_set() -> dict[str, Rule]:
+    """With running statistics, as on a device that sees one sample at a time."""
+    return {
+        "MAML, frozen norms": MAML(rate=0.1, norms="frozen"),
+        "p-Meta, frozen norms": PMeta(rate=0.1, norms="frozen"),
+    }
+
+
+def ablation_set() -> dict[str, Rule]:
+    base = PMeta(rate=0.1)
+    made = {
+        "layers only": base.model_copy(update={"channels": "none"}),
+        "channels only, both": base.model_copy(update={"share": 1.0}),
+        "channels only, fw": base.model_copy(update={"share": 1.0, "channels": "fw"}),
+        "channels only, bw": base.model_copy(update={"share": 1.0, "channels": "bw"}),
+        "layers, fw": base.model_copy(update={"channels": "fw"}),
+        "layers, bw": base.model_copy(update={"channels": "bw"}),
+        "layers at random": base.model_copy(update={"pruning": "random"}),
+        "last layers": base.model_copy(update={"pruning": "last"}),
+    }
+    made |= {f"rho {r}": base.model_copy(update={"rho": r}) for r in (0.2, 0.3, 0.7, 0.9)}
+    made |= {f"share {s}": base.model_copy(update={"share": s}) for s in (0.05, 0.5)}
+    return made
+
+
+def tune_set() -> dict[str, Rule]:
+    """Step sizes to choose from, in a tenth of the training."""
+    found: dict[str, Rule] = {}
+    for rate in (0.03, 0.1, 0.3):
+        found |= {f"MAML {rate}": MAML(rate=rate), f"BOIL {rate}": BOIL(rate=rate)}
+        found |= {f"Reptile {rate}": Reptile(rate=rate), f"MAML++ {rate}": MAMLPP(rate=rate)}
+        found |= {f"p-Meta {rate}": PMeta(rate=rate)}
+    found |= {f"ANIL {rate}": ANIL(rate=rate) for rate in (0.1, 0.3, 1.0)}
+    return found
+
+
+SETS = {"main": main_set, "frozen": frozen_set, "ablation": ablation_set, "tune": tune_set}
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    if args.verb == "train":
+        train(args)
+    else:
+        table(args)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("verb", choices=("train", "table"))
+    parser.add_argument("--setting", choices=SETTINGS, default="omniglot-5w1s")
+    parser.add_argument("--set", choices=SETS, default="main")
+    parser.add_argument("--rules", default="", help="some of the set's, by label: a;b")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, help="in the place of the setting's")
+    parser.add_argument("--out", type=Path, default=CACHE)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+def sources(setting: Setting) -> tuple[Episodes, Episodes, Episodes]:
+    """(train, validation, test): no class is in two of them."""
+    rule = FixedEpisodes(ways=setting.ways, shots=setting.shots, queries=setting.queries)
+    if setting.data == "omniglot":
+        shown = Preprocess(size=28, mean=(0.5,), std=(0.5,))
+        everything = omniglot()
+        names = shuffled(everything.classes)
+        parts = names[:150], names[150:192], names[192:]
+        first, second, third = (everything.of_classes(part) for part in parts)
+        train = Episodes(rotated(first, shown), shown, rule)
+        return (
+            train,
+            Episodes(second, shown, rule, apart=True),
+            Episodes(third, shown, rule, apart=True),
+        )
+    shown = Preprocess(size=64)
+    tiny = load(backbones.SHARED / "data" / "tiny_imagenet.zip")
+    names = sorted(tiny.classes)
+    parts = names[:130], names[130:160], names[160:]
+    first, second, third = (Episodes(tiny.of_classes(p), shown, rule) for p in parts)
+    return first, second, third
+
+
+def omniglot() -> Labelled:
+    """All characters, each once, grouped by drawer: file names end with the drawer's number."""
+    images, labels, classes, groups = [], [], [], []
+    shown = Preprocess(size=28, mean=(0.0,), std=(1.0,))
+    for k in (1, 2):
+        part = load(backbones.SHARED / "data" / f"omniglot_small{k}.zip", class_level=2)
+        x, y = arrays(part, shown)
+        for c, name in enumerate(part.classes):
+            if name in classes:
+                continue
+            rows = np.flatnonzero(y == c)
+            images.append(x[rows])
+            labels += [len(classes)] * len(rows)
+            groups += [Path(part.names[r]).stem.rpartition("_")[2] for r in rows]
+            classes.append(name)
+    pixels = np.concatenate(images).transpose(0, 2, 3, 1)
+    made = load((pixels, np.array(labels)), classes=tuple(classes))
+    return Labelled(made.source, made.index, made.labels, made.classes, tuple(groups))
+
+
+def rotated(data: Labelled, shown: Preprocess) -> Labelled:
+    """Each class in four rotations, which are classes of their own."""
+    x = np.stack([data.image(i) for i in range(len(data))])
+    turned = np.concatenate([np.rot90(x, k, axes=(1, 2)) for k in range(4)])
+    n = len(data.classes)
+    labels = np.concatenate([data.labels + k * n for k in range(4)])
+    return load((np.ascontiguousarray(turned), labels))
+
+
+def shuffled(names: tuple[str, ...]) -> list[str]:
+    """In an order that depends on nothing but the names."""
+    return sorted(names, key=lambda name: zlib.crc32(name.encode()))
+
+
+def network(setting: Setting, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    if setting.net == "resnet12":
+        return ResNet12(setting.ways, width=0.25)
+    return Conv4(setting.ways, 32, 1 if grey(setting) else 3, 28 if grey(setting) else 64)
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Rule]:
+    rules = SETS[args.set]()
+    return {k: v for k, v in rules.items() if not args.rules or k in args.rules.split(";")}
+
+
+def train(args: argparse.Namespace) -> None:
+    setting = SETTINGS[args.setting]
+    parts = sources(setting)
+    epochs = args.epochs or (1 if args.set == "tune" else setting.epochs)
+    for label, rule in chosen(args).items():
+        for seed in range(args.seeds):
+            folder = args.out / args.setting / f"{label}-{seed}"
+            if (folder / "result.json").exists():
+                continue
+            net = network(setting, seed)
+            learns = few_shot(net, setting.ways) if isinstance(rule, ProtoNet) else net
+            config = MetaTrain(
+                epochs=epochs, episodes=setting.episodes, tasks=4, rule=rule, optimizer="adam",
+                rate=1e-3, warmup=0, warmup_rate=0, final_rate=1e-5, seed=seed, clip=10.0,
+                validation=100,
+            )  # fmt: skip
+            print(f"{args.setting}, {label}, seed {seed}", file=sys.stderr, flush=True)
+            trace = metatrain(
+                learns, parts[0], None, config, out=folder, validation=parts[1],
+                test=None if args.set == "tune" else parts[2], progress=True,
+            )  # fmt: skip
+            result = {"setting": args.setting, "rule": label, "seed": seed,
+                      "config": config.model_dump(mode="json"),
+                      "trace": trace.model_dump(mode="json")}  # fmt: skip
+            (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{args.setting}, {label}, seed {seed}: {trace}", file=sys.stderr, flush=True)
+
+
+# ---- table --------------------------------------------------------------------------------------
+
+
+def table(args: argparse.Namespace) -> None:
+    """Accuracy of what was trained, beside the costs of an adaptation to one task."""
+    rows = []
+    for path in sorted(args.out.glob("*/*/result.json")):
+        result = json.loads(path.read_text())
+        if (test := result["trace"]["test"]) is None or result["setting"] not in SETTINGS:
+            continue
+        setting = SETTINGS[result["setting"]]
+        rows.append({
+            "setting": result["setting"], "rule": result["rule"], "seed": result["seed"],
+            "accuracy": test["mean"], "interval": test["interval"],
+            "hours": result["trace"]["seconds"] / 3600, **costs(setting, path.parent),
+        })  # fmt: skip
+    rows += means(rows)
+    for row in rows:
+        print(f"{row['setting']:18} {row['rule']:22} {row['seed']}  "
+              f"{100 * row['accuracy']:6.2f} ± {100 * row['interval']:.2f} %  "
+              f"{row['backward_kb']:8.1f} KiB (measured {row['measured_kb']:8.1f})  "
+              f"{row['gmacs']:.4f} GMACs  {row.get('steps', '')}")  # fmt: skip
+    if args.json:
+        made = {
+            "command": f"python benchmarks/pmeta.py table --json {args.json.name}",
+            "python": platform.python_version(), "torch": torch.__version__,
+            "cores": os.cpu_count(), "rows": rows,
+        }  # fmt: skip
+        args.json.write_text(json.dumps(made, indent=1) + "\n")
+
+
+def costs(setting: Setting, folder: Path) -> dict[str, Any]:
+    """Of all inner steps on a support set: peak bytes by plan and measured, and MACs.
+
+    backward: what a step's backward pass holds at most; forward: what a forward pass does, which
+    a prediction for as many samples takes too.  p-Meta is measured with all channels of its
+    layers, more than its attention leaves; `bound_kb` is what attention leaves at most, by plan.
+    """
+    net = network(setting, 0)
+    n = setting.ways * setting.shots
+    shape = (1 if setting.data == "omniglot" else 3, *(2 * [28 if grey(setting) else 64]))
+    state = torch.load(folder / "learner.pt", weights_only=True)
+    if state["rule"]["kind"] == "protonet":
+        memory = StepMemory(net, shape, n)
+        forward = memory.forward_peak(frozenset())
+        return {
+            "backward_kb": 0.0, "forward_kb": forward / 1024, "measured_kb": 0.0,
+            "measured_forward_kb": forward / 1024,
+            "gmacs": memory.macs(frozenset())[0] / 1e9, "steps": "no gradient",
+        }  # fmt: skip
+    _, learner = load_learner(net, folder / "learner.pt")
+    graph = capture(net.eval(), torch.zeros(1, *shape))
+    made = plan(graph, None, layers_of_steps(learner, n), SGD(lr=1.0))
+    programs = [made.programs[made.pattern_of(k)] for k in range(learner.judged)]
+    by_plan = [dynamic_bytes(p, n) for p in programs]
+    macs = sum(m.forward + m.dx + m.dw for p in programs for m in p.macs.values())
+    measured = measure(net, made, learner.judged, (n, *shape), setting.ways)
+    bound = {}
+    if isinstance(learner, PMetaLearner):
+        frozen = learner.norms == "frozen"
+        memory = StepMemory(net, shape, n, learner.slices(), batch_norms=not frozen)
+        active = [learner.active(k) for k in range(learner.steps)]
+        bound = {
+            "bound_kb": max(memory.peak(a) for a in active) / 1024,
+            "bound_gmacs": sum(sum(memory.macs(a)) for a in active) / 1e9,
+        }  # fmt: skip
+    layers = [len({u.param.rpartition(".")[0] for u in p.trained}) for p in programs]
+    return {
+        "backward_kb": max(b for _, b in by_plan) / 1024,
+        "forward_kb": max(f for f, _ in by_plan) / 1024,
+        "measured_kb": measured[1] / 1024, "measured_forward_kb": measured[0] / 1024,
+        "gmacs": n * macs / 1e9, "steps": " ".join(map(str, layers)), **bound,
+    }  # fmt: skip
+
+
+def measure(
+    net: nn.Module, made: Plan, steps: int, shape: tuple[int, ...], ways: int
+) -> tuple[int, int]:
+    """The most bytes that PyTorch holds in the (forward, backward) pass of an inner step."""
+    torch.manual_seed(0)
+    x, y = torch.randn(shape), torch.arange(shape[0]) % ways
+    tuned = apply(net, made).train()
+    most = [0, 0]
+    for tuned.inner_step in range(steps):
+        with LiveBytes() as live:
+            loss = nn.functional.cross_entropy(tuned(x), y)
+            most[0] = max(most[0], live.peak)
+            live.restart()
+            loss.backward()
+            most[1] = max(most[1], live.peak)
+        tuned.zero_grad(set_to_none=True)
+    return most[0], most[1]
+
+
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean of MAML, ANIL, BOIL and MAML++, which p-Meta is compared with."""
+    made = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        group = [r for r in rows if r["setting"] == setting]
+        four = [r for r in group if r["rule"] in ("MAML", "ANIL", "BOIL", "MAML++")]
+        if len({r["rule"] for r in four}) < 4:
+            continue
+        keys = [k for k, v in four[0].items() if isinstance(v, float)]
+        mean = {k: float(np.mean([r[k] for r in four])) for k in keys}
+        best = max(r["accuracy"] for r in four)
+        made.append({"setting": setting, "rule": "mean of four", "seed": "-", **mean,
+                     "best": best})  # fmt: skip
+    return made
+
+
+def grey(setting: Setting) -> bool:
+    return setting.data == "omniglot"
+
+
+if __name__ == "__main__":
+    main()

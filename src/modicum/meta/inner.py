@@ -1,0 +1,135 @@
+"""The inner loop: a net as a function of its parameters, and gradient steps on a support set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+from modicum.errors import UsageError
+from modicum.meta.norms import norms_of
+
+Params = dict[str, Tensor]
+Rate = Callable[[str, int], Any]
+"""The step size of a parameter in an inner step."""
+Loss = Callable[[Tensor, Params], Tensor]
+"""Of what a net makes of its inputs, and of its parameters."""
+
+
+def output(net: nn.Module, params: Mapping[str, Tensor], x: Tensor, step: int) -> Tensor:
+    """What `net` makes of x (n, ...) with these parameters in the place of its own.
+
+    `step` is the inner step, for norms that have statistics or weights for each.
+    """
+    for norm in norms_of(net):
+        norm.step = step
+    return functional_call(net, dict(params), (x,))
+
+
+def loss_of(outputs: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy for labels (n,), the mean squared error for targets of floats."""
+    if y.is_floating_point():
+        return F.mse_loss(outputs, y.reshape(outputs.shape))
+    return F.cross_entropy(outputs, y)
+
+
+def gradient_steps(
+    net: nn.Module,
+    params: Params,
+    moving: set[str],
+    support: tuple[Tensor, Tensor],
+    steps: int,
+    rate: Rate,
+    second_order: bool,
+) -> Iterator[Params]:
+    """Yield the parameters after each of `steps` full-batch steps on a support set."""
+    x, y = support
+    for k in range(steps):
+        params = gradient_step(
+            net, params, moving, x, lambda out, _: loss_of(out, y), k, rate, second_order
+        )
+        yield params
+
+
+def gradient_step(
+    net: nn.Module,
+    params: Params,
+    moving: set[str],
+    x: Tensor,
+    loss: Loss,
+    step: int,
+    rate: Rate,
+    second_order: bool,
+) -> Params:
+    """w <- w - rate(w, step) dL/dw for the parameters in `moving`; the others stay.
+
+    With `second_order` the result is a differentiable function of `params`, through the
+    gradients; without, the gradients are constants.
+    """
+    frozen = {name: w for name, w in params.items() if name not in moving}
+    now = {name: w for name, w in params.items() if name in moving}
+
+    def value(part: Params) -> Tensor:
+        return loss(output(net, {**frozen, **part}, x, step), {**frozen, **part})
+
+    if second_order:
+        gradients = grad(value)(now)
+    else:
+        gradients = detached(grad(value)(detached(now)))
+    return {**frozen, **{name: w - rate(name, step) * gradients[name] for name, w in now.items()}}
+
+
+def head_of(net: nn.Module) -> str:
+    """The name of the last linear layer, in the order in which the net lists its modules."""
+    layers = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        raise UsageError(
+            "the model has no linear layer that could be its head", hint="a rule that needs none"
+        )
+    return layers[-1]
+
+
+def layers_of(net: nn.Module) -> dict[str, list[str]]:
+    """Modules that have parameters of their own, in order, with the names of these."""
+    found = {}
+    for name, module in net.named_modules():
+        own = [n for n, p in module.named_parameters(recurse=False) if p is not None]
+        if own:
+            found[name] = [f"{name}.{n}" if name else n for n in own]
+    return found
+
+
+@contextmanager
+def clear_errors(net: nn.Module) -> Iterator[None]:
+    """Say what it means where torch.func cannot make a function of a net."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        text = str(error)
+        odd = ("in-place", "inplace", "vmap", "functorch", "data-dependent")
+        if any(word in text for word in odd):
+            kinds = sorted({type(m).__name__ for m in net.modules() if dict(m.named_buffers())})
+            raise UsageError(
+                "the model cannot be made a function of its parameters",
+                why=text.strip().splitlines()[0],
+                hint="a module that changes its own buffers in forward() cannot be meta-trained; "
+                f"modules with buffers here: {', '.join(kinds) or 'none'}",
+            ) from None
+        raise
+
+
+def detached(params: Mapping[str, Tensor]) -> Params:
+    return {name: w.detach() for name, w in params.items()}
+
+
+def own_params(net: nn.Module) -> Params:
+    return dict(net.named_parameters())
+
+
+def mean_of(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).mean()

@@ -1,0 +1,56 @@
+"""What a rule has learned, as a method that a Plan can be made with."""
+
+from __future__ import annotations
+
+import torch
+
+from modicum.errors import UsageError
+from modicum.meta.learner import GradientLearner, Learner
+from modicum.meta.pmeta import PMetaLearner
+from modicum.methods import Explicit
+
+
+def method_of(learner: Learner, samples: int, steps: int | None = None) -> Explicit:
+    """The inner rule of a learner: the parameters that it moves, with a step size per inner step.
+
+    For a plan with ``SGD(lr=1.0)`` and ``accumulate=samples``, the size of a support set, whose
+    gradients are averaged.  `steps`: as many inner steps, those of a task that is judged by
+    default.  Norms that use the statistics of the batch are named; per-step scales and shifts are
+    those of the first step.  Raises UsageError for a rule without gradient steps, and for p-Meta
+    with channel attention, which a plan cannot say: see `layers_of_steps`.
+    """
+    if isinstance(learner, PMetaLearner) and len(learner.attention):
+        raise UsageError(
+            "a plan has fixed channels, and attention chooses them anew in each step",
+            hint="--rule p-meta:channels=none",
+        )
+    return layers_of_steps(learner, samples, steps)
+
+
+def layers_of_steps(learner: Learner, samples: int, steps: int | None = None) -> Explicit:
+    """`method_of` with all channels of the layers that a step updates."""
+    if not isinstance(learner, GradientLearner):
+        raise UsageError("the rule takes no gradient steps", hint="plan --ways, with a method")
+    if samples < 1:
+        raise UsageError(f"a support set of {samples} samples", hint="1 or more")
+    count = learner.judged if steps is None else steps
+    if count < 1:
+        raise UsageError("a plan of no inner step updates nothing", hint="steps from 1 on")
+    with torch.no_grad():
+        rates = {
+            name: tuple(float(learner.step_size(name, k)) for k in range(count))
+            for name in sorted(learner.moved)
+        }
+    norms = ("*",) if learner.norms != "frozen" and learner.has_norms else ()
+    return Explicit(
+        params={name: {"rates": _short(r)} for name, r in rates.items() if any(r)},
+        batch_norms=norms,
+    )
+
+
+def _short(rates: tuple[float, ...]) -> tuple[float, ...]:
+    """Without repetitions at the end: the last one is repeated anyway."""
+    n = len(rates)
+    while n > 1 and rates[n - 1] == rates[n - 2]:
+        n -= 1
+    return rates[:n]

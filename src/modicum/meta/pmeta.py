@@ -1,0 +1,324 @@
+"""p-Meta: learn which layers and channels a task needs, and update only those."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import grad
+
+from modicum.errors import UsageError
+from modicum.lower import Loss as LossName
+from modicum.meta.attention import Branch, ChannelAttention, clip, magnitudes, most_kept
+from modicum.meta.inner import Loss, Params, head_of, loss_of, output, own_params
+from modicum.meta.learner import GradientLearner
+from modicum.meta.maml import MAML
+from modicum.meta.memory import StepMemory
+from modicum.selection import Slice
+from modicum.units import parse_size
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class PMeta(MAML):
+    """Inner rule, for layer l and step k: w_l <- w_l - alpha_l^k gamma_l (.) g(w_l).
+    Outer rule: a gradient step on sum_tasks L(w_K; query) by w, alpha and the attention.
+
+    - alpha_l^k >= 0, `rate` at first, is learned.  An entry that falls to 0 stays there.  From
+      `prune_from` to `prune_to` of the training a limit on the peak dynamic memory of a step falls
+      from that of all layers to `ram` bytes (or to the `share` of it); in every step that is over
+      the limit the entry with the smallest alpha / (bytes that the peak falls by without it) goes.
+    - gamma_l = gamma^bw x gamma^fw: one score for each output channel, from the gradient of the
+      layer's output, and one for each input channel, from its input; a softmax over channels, of
+      which the largest are kept until their sum exceeds `rho` (`clip`).  `channels` names the
+      sides: "both", "fw", "bw" or "none".  In meta-training the dense gradient is computed and
+      masked, so that both branches learn; on a device only what is kept is stored and computed.
+
+    Choices of ours, where no published text says more: scores come from mean magnitudes over the
+    batch and the pixels; gates have the mean 1 over what is kept; a bias has its layer's alpha and
+    gamma^bw; norms are not adapted; the head has no attention, its outputs are the classes; of a
+    grouped convolution only gamma^bw is used; the score that prunes, and its schedule.
+
+    Qu et al., KDD 2022.
+    """
+
+    kind: Literal["p-meta"] = "p-meta"  # type: ignore[assignment]
+    rho: Share = 0.5
+    channels: Literal["both", "fw", "bw", "none"] = "both"
+    ram: int | str | None = None
+    share: Share = 0.3
+    prune_from: Annotated[float, Field(ge=0, le=1)] = 0.2
+    prune_to: Annotated[float, Field(ge=0, le=1)] = 0.6
+    pruning: Literal["score", "random", "last"] = "score"
+
+    @property
+    def limit(self) -> int | None:
+        """The peak dynamic memory in bytes, if it is given that way."""
+        return parse_size(self.ram) if isinstance(self.ram, str) else self.ram
+
+    def learner(self, net: nn.Module) -> PMetaLearner:
+        return PMetaLearner(self, net)
+
+
+class PMetaLearner(GradientLearner):
+    """Step sizes, attention, and a mask of the step sizes that have not been pruned."""
+
+    allowed: Tensor
+
+    def __init__(self, rule: PMeta, net: nn.Module) -> None:
+        judged = rule.steps if rule.judged is None else rule.judged
+        super().__init__(net, rule.norms, rule.steps, judged)
+        self.rule = rule
+        kinds = (nn.Conv2d, nn.Linear)
+        self.layers = [n for n, m in self.net.named_modules() if isinstance(m, kinds)]
+        if not self.layers:
+            raise UsageError("p-Meta needs convolutions or linear layers to choose from")
+        like = next(self.net.parameters())
+        shape = (len(self.layers), rule.steps)
+        self.alpha = nn.Parameter(like.new_full(shape, rule.rate))
+        self.register_buffer("allowed", torch.ones(shape, dtype=torch.bool, device=like.device))
+        self.attention = nn.ModuleDict()
+        if rule.channels != "none":
+            head = head_of(self.net) if any(_linear(self.net, n) for n in self.layers) else ""
+            for name in self.layers:
+                if name != head:
+                    made = _attention(self.net.get_submodule(name), rule.channels)
+                    self.attention[name.replace(".", "/")] = made.to(like.device)
+        self.memory: StepMemory | None = None
+
+    @property
+    def rates(self) -> Tensor:
+        """alpha (layers, steps), 0 where an entry was pruned."""
+        return self.alpha.clamp(min=0) * self.allowed
+
+    @property
+    def moved(self) -> set[str]:
+        """Weight and bias of every layer that some step updates."""
+        active = set().union(*(self.active(k) for k in range(self.steps)))
+        names = {name for name, _ in self.net.named_parameters()}
+        return {f"{a}.{leaf}" for a in active for leaf in ("weight", "bias")} & names
+
+    def step_size(self, name: str, step: int) -> Tensor:
+        layer = self.layers.index(name.rpartition(".")[0])
+        return self.rates[layer, min(step, self.steps - 1)]
+
+    def adapt(self, xs: Tensor, ys: Tensor, steps: int) -> list[Params]:
+        params, made = own_params(self.net), []
+        for k in range(steps):
+            params = self.step(params, xs, lambda out, _: loss_of(out, ys), k)
+            made.append(params)
+        return made
+
+    def step(self, params: Params, x: Tensor, loss: Loss, k: int) -> Params:
+        """One masked step."""
+        at, shapes = min(k, self.steps - 1), self._output_shapes(x)
+        rates, kept = self.rates[:, at], self.allowed[:, at].tolist()
+        active = [name for name, flag in zip(self.layers, kept, strict=True) if flag]
+        own = {f"{a}.{leaf}" for a in active for leaf in ("weight", "bias")} & params.keys()
+        still = {name: w for name, w in params.items() if name not in own}
+        now = {name: params[name] for name in params if name in own}
+        watched = [a for a in active if self._of(a) is not None]
+        zeros = {a: x.new_zeros(shapes[a]) for a in watched}
+
+        def value(part: Params, added: Params) -> tuple[Tensor, Params]:
+            with _watching(self.net, added) as seen:
+                out = output(self.net, {**still, **part}, x, k)
+            return loss(out, {**still, **part}), seen
+
+        second = self.rule.order == "second" and self.training
+        start = now if second else {n: w.detach() for n, w in now.items()}
+        (gradients, dys), pooled = grad(value, argnums=(0, 1), has_aux=True)(start, zeros)
+        if not second:
+            gradients, dys, pooled = (
+                {n: t.detach() for n, t in part.items()} for part in (gradients, dys, pooled)
+            )
+        moved = dict(params)
+        for i, name in enumerate(self.layers):
+            if name not in active:
+                continue
+            gates = self.gates(name, pooled.get(name), dys.get(name))
+            for leaf in ("weight", "bias"):
+                full = f"{name}.{leaf}"
+                if full in now:
+                    masked = _masked(gradients[full], gates, leaf)
+                    moved[full] = now[full] - rates[i] * masked
+        return moved
+
+    def gates(
+        self, layer: str, pooled: Tensor | None, dy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(gamma^fw, gamma^bw) of a layer from its input's magnitudes (C,) and its output's
+        gradient; None for a side without attention."""
+        attention = self._of(layer)
+        if attention is None or pooled is None or dy is None:
+            return None, None
+        fw = attention.fw and clip(attention.fw(pooled), self.rule.rho)
+        bw = attention.bw and clip(attention.bw(magnitudes(dy)), self.rule.rho)
+        return fw, bw
+
+    def slices(self) -> dict[str, Slice]:
+        """Stand-ins for what is computed of each layer's weight at most."""
+        found = {}
+        for name in self.layers:
+            attention = self._of(name)
+            if attention is not None:
+                found[name] = Slice(
+                    out=_first(attention.bw, self.rule.rho), inp=_first(attention.fw, self.rule.rho)
+                )
+        return found
+
+    def _of(self, layer: str) -> ChannelAttention | None:
+        found = dict(self.attention.items()).get(layer.replace(".", "/"))
+        assert found is None or isinstance(found, ChannelAttention)
+        return found
+
+    def _output_shapes(self, x: Tensor) -> dict[str, torch.Size]:
+        """Of every layer; a pass without gradients, on samples of zeros, once for each shape."""
+        key = tuple(x.shape)
+        if getattr(self, "_shapes", (None, {}))[0] != key:
+            with torch.no_grad(), _recording_shapes(self.net, self.layers) as shapes:
+                self.net(torch.zeros(key, dtype=x.dtype, device=x.device))
+            self._shapes = (key, shapes)
+        return self._shapes[1]
+
+    # ---- pruning ----
+
+    def after_update(self, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> None:
+        super().after_update(xs, ys, xq, yq)
+        loss: LossName = "mse" if ys.is_floating_point() else "cross_entropy"
+        self.keep_limits(tuple(xs.shape[1:]), len(xs), loss)
+
+    def keep_limits(self, sample: tuple[int, ...], samples: int, loss: LossName) -> None:
+        """Let alpha not be negative, and prune it by the limit on so many samples of a shape."""
+        with torch.no_grad():
+            self.alpha.clamp_(min=0)
+            self.allowed &= self.alpha > 0
+        if self.memory is None:
+            self.memory = StepMemory(
+                *(self.plain[0], sample, samples, self.slices()),
+                batch_norms=self.norms != "frozen", loss=loss,
+            )  # fmt: skip
+        limit = self.limit_now()
+        if limit is not None:
+            for k in range(self.steps):
+                self.prune(k, limit)
+
+    def limit_now(self) -> int | None:
+        """The limit on the peak dynamic memory of a step at this point of the training."""
+        assert self.memory is not None
+        rule, whole = self.rule, self.memory.peak(frozenset(self.layers))
+        least = rule.limit if rule.limit is not None else int(rule.share * whole)
+        if self.progress < rule.prune_from:
+            return None
+        span = max(rule.prune_to - rule.prune_from, 1e-9)
+        done = min(1.0, (self.progress - rule.prune_from) / span)
+        return int(whole * (least / whole) ** done) if least < whole else least
+
+    def prune(self, k: int, limit: int) -> None:
+        """Take entries of step k away until its peak dynamic memory keeps the limit."""
+        assert self.memory is not None
+        while (peak := self.memory.peak(self.active(k))) > limit:
+            active = self.active(k)
+            if len(active) < 2:
+                raise UsageError(
+                    f"no layer can be updated in {limit} bytes of dynamic memory",
+                    why=f"step {k} needs {peak} with {next(iter(active), 'none')} alone",
+                    hint="a larger ram or share",
+                )
+            self.allowed[self.layers.index(self._weakest(active, k, limit)), k] = False
+
+    def _weakest(self, active: frozenset[str], k: int, limit: int) -> str:
+        """Which of these layers step k can do without; not the only one that would fit alone."""
+        memory = self.memory
+        assert memory is not None
+        fit = {name for name in active if memory.peak(frozenset({name})) <= limit}
+        order = [name for name in self.layers if name in active and fit != {name}]
+        if self.rule.pruning == "random":
+            return random.Random(f"{k} {len(order)}").choice(order)
+        if self.rule.pruning == "last":
+            return order[0]  # what stays are the last layers
+        rates = dict(zip(self.layers, self.alpha[:, k].tolist(), strict=True))
+        peak = memory.peak(active)
+        freed = {name: peak - memory.peak(active - {name}) for name in order}
+        able = [name for name in order if freed[name] > 0]
+        if not able:  # only several together lower the peak
+            return min(order, key=lambda name: rates[name])
+        return min(able, key=lambda name: rates[name] / freed[name])
+
+    def active(self, k: int) -> frozenset[str]:
+        """The layers that step k updates."""
+        flags = self.allowed[:, k].tolist()
+        return frozenset(n for n, flag in zip(self.layers, flags, strict=True) if flag)
+
+
+def _first(branch: Branch | None, rho: float) -> tuple[int, ...] | None:
+    """As many channels as `clip` leaves at most, the first ones in the place of any."""
+    return None if branch is None else tuple(range(most_kept(branch.up.out_features, rho)))
+
+
+def _attention(layer: nn.Module, channels: str) -> ChannelAttention:
+    if isinstance(layer, nn.Conv2d):
+        inputs, outputs, groups = layer.in_channels, layer.out_channels, layer.groups
+    else:
+        assert isinstance(layer, nn.Linear)
+        inputs, outputs, groups = layer.in_features, layer.out_features, 1
+    fw = channels in ("both", "fw") and groups == 1 and inputs > 1
+    return ChannelAttention(inputs if fw else None, outputs if channels != "fw" else None)
+
+
+def _linear(net: nn.Module, name: str) -> bool:
+    return isinstance(net.get_submodule(name), nn.Linear)
+
+
+def _masked(g: Tensor, gates: tuple[Tensor | None, Tensor | None], leaf: str) -> Tensor:
+    """The dense gradient of a weight (out, in, ...) or bias (out,) times its gates."""
+    fw, bw = gates
+    if bw is not None:
+        g = g * bw.reshape(-1, *[1] * (g.dim() - 1))
+    if fw is not None and leaf == "weight":
+        g = g * fw.reshape(1, -1, *[1] * (g.dim() - 2))
+    return g
+
+
+@contextmanager
+def _watching(net: nn.Module, added: Params) -> Iterator[dict[str, Tensor]]:
+    """Collect the magnitudes of the layers' inputs, and add `added` to their outputs: the
+    gradient of what is added, zeros, is that of the output."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def watch(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            seen[name] = magnitudes(inputs[0])
+            return out + added[name]
+
+        return watch
+
+    handles = [net.get_submodule(n).register_forward_hook(hook(n)) for n in added]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _recording_shapes(net: nn.Module, layers: list[str]) -> Iterator[dict[str, torch.Size]]:
+    shapes: dict[str, torch.Size] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, inputs: Any, out: Tensor) -> None:
+            shapes[name] = out.shape
+
+        return record
+
+    handles = [net.get_submodule(n).register_forward_hook(hook(n)) for n in layers]
+    try:
+        yield shapes
+    finally:
+        for handle in handles:
+            handle.remove()
