@@ -29,10 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from modicum.apply import apply
-from modicum.capture import capture
 from modicum.heads import few_shot
-from modicum.live import LiveBytes
 from modicum.meta import (
     ANIL,
     BOIL,
@@ -44,15 +41,11 @@ from modicum.meta import (
     ProtoNet,
     Reptile,
     Rule,
+    adaptation_cost,
     load_learner,
     metatrain,
 )
-from modicum.meta.memory import StepMemory, dynamic_bytes
-from modicum.meta.plans import layers_of_steps
-from modicum.meta.pmeta import PMetaLearner
 from modicum.models import Conv4, ResNet12
-from modicum.optim import SGD
-from modicum.plan import Plan, plan
 from modicum.tasks import FixedEpisodes, Labelled, Preprocess, arrays, load
 
 CACHE = Path.home() / ".cache" / "modicum" / "pmeta"
@@ -291,66 +284,20 @@ def table(args: argparse.Namespace) -> None:
 
 
 def costs(setting: Setting, folder: Path) -> dict[str, Any]:
-    """Of all inner steps on a support set: peak bytes by plan and measured, and MACs.
-
-    backward: what a step's backward pass holds at most; forward: what a forward pass does, which
-    a prediction for as many samples takes too.  p-Meta is measured with all channels of its
-    layers, more than its attention leaves; `bound_kb` is what attention leaves at most, by plan.
-    """
-    net = network(setting, 0)
-    n = setting.ways * setting.shots
-    shape = (1 if setting.data == "omniglot" else 3, *(2 * [28 if grey(setting) else 64]))
+    """Of an adaptation to one task: see AdaptationCost."""
+    net, shape = network(setting, 0), (1, 28, 28) if grey(setting) else (3, 64, 64)
     state = torch.load(folder / "learner.pt", weights_only=True)
-    if state["rule"]["kind"] == "protonet":
-        memory = StepMemory(net, shape, n)
-        forward = memory.forward_peak(frozenset())
-        return {
-            "backward_kb": 0.0, "forward_kb": forward / 1024, "measured_kb": 0.0,
-            "measured_forward_kb": forward / 1024,
-            "gmacs": memory.macs(frozenset())[0] / 1e9, "steps": "no gradient",
-        }  # fmt: skip
-    _, learner = load_learner(net, folder / "learner.pt")
-    graph = capture(net.eval(), torch.zeros(1, *shape))
-    made = plan(graph, None, layers_of_steps(learner, n), SGD(lr=1.0))
-    programs = [made.programs[made.pattern_of(k)] for k in range(learner.judged)]
-    by_plan = [dynamic_bytes(p, n) for p in programs]
-    macs = sum(m.forward + m.dx + m.dw for p in programs for m in p.macs.values())
-    measured = measure(net, made, learner.judged, (n, *shape), setting.ways)
-    bound = {}
-    if isinstance(learner, PMetaLearner):
-        frozen = learner.norms == "frozen"
-        memory = StepMemory(net, shape, n, learner.slices(), batch_norms=not frozen)
-        active = [learner.active(k) for k in range(learner.steps)]
-        bound = {
-            "bound_kb": max(memory.peak(a) for a in active) / 1024,
-            "bound_gmacs": sum(sum(memory.macs(a)) for a in active) / 1e9,
-        }  # fmt: skip
-    layers = [len({u.param.rpartition(".")[0] for u in p.trained}) for p in programs]
-    return {
-        "backward_kb": max(b for _, b in by_plan) / 1024,
-        "forward_kb": max(f for f, _ in by_plan) / 1024,
-        "measured_kb": measured[1] / 1024, "measured_forward_kb": measured[0] / 1024,
-        "gmacs": n * macs / 1e9, "steps": " ".join(map(str, layers)), **bound,
-    }  # fmt: skip
-
-
-def measure(
-    net: nn.Module, made: Plan, steps: int, shape: tuple[int, ...], ways: int
-) -> tuple[int, int]:
-    """The most bytes that PyTorch holds in the (forward, backward) pass of an inner step."""
+    start = few_shot(net, setting.ways) if state["rule"]["kind"] == "protonet" else net
+    _, learner = load_learner(start, folder / "learner.pt")
     torch.manual_seed(0)
-    x, y = torch.randn(shape), torch.arange(shape[0]) % ways
-    tuned = apply(net, made).train()
-    most = [0, 0]
-    for tuned.inner_step in range(steps):
-        with LiveBytes() as live:
-            loss = nn.functional.cross_entropy(tuned(x), y)
-            most[0] = max(most[0], live.peak)
-            live.restart()
-            loss.backward()
-            most[1] = max(most[1], live.peak)
-        tuned.zero_grad(set_to_none=True)
-    return most[0], most[1]
+    x = torch.randn(setting.ways * setting.shots, *shape)
+    c = adaptation_cost(net, learner, (x, torch.arange(len(x)) % setting.ways))
+    return {
+        "backward_kb": c.backward / 1024, "forward_kb": c.forward / 1024,
+        "measured_kb": c.measured_backward / 1024,
+        "measured_forward_kb": c.measured_forward / 1024,
+        "gmacs": c.macs / 1e9, "steps": " ".join(map(str, c.layers)),
+    }  # fmt: skip
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -115,6 +115,10 @@ Tune = Annotated[
 FOR_EPOCHS = ("epochs", "schedule", "record")
 FOR_ITERATIONS = ("iterations", "prototypes", "tune")
 FOR_TRAININGS = ("epochs", "batch", "schedule", "augment", "seeds", "board")
+NOT_FOR_RULES = (
+    "batch", "optimizer", "lr", "momentum", "weight_decay", "schedule", "seeds", "board",
+    *FOR_ITERATIONS, "meta", "validation_tasks",
+)  # fmt: skip
 FOR_TASKS = ("ways", "shots", "queries", *FOR_ITERATIONS, "meta", "validation", "validation_tasks")
 
 
@@ -399,6 +403,32 @@ def emit(
     _show(as_json, result, text)
 
 
+def _compare_rules(
+    net: Any,
+    rules: dict[str, Any],
+    data: tuple[Path, Path | None, Path],
+    shown: Any,
+    config: Any,
+    out: Path,
+    tasks: int,
+    as_json: bool,
+) -> None:
+    from modicum.meta import Episodes, compare_rules
+    from modicum.tasks import load
+
+    parts = [
+        None if path is None else Episodes(load(path), shown, config.episode, config.augment)
+        for path in data
+    ]
+    train, validation, test = parts
+    assert train is not None and test is not None
+    made = compare_rules(
+        net, rules, train, test, config, out=out, validation=validation, test_tasks=tasks,
+        progress=True,
+    )  # fmt: skip
+    _show(as_json, made.as_dict(), f"{made}\n{out}: the weights and figures of each rule")
+
+
 @command()
 def run(
     folder: Annotated[Path, typer.Argument(help="A folder that `modicum emit` wrote.")],
@@ -465,20 +495,27 @@ def run(
 def compare(
     context: typer.Context,
     model: ModelArg,
+    data: Annotated[Path, typer.Option(help="Training images: a folder, a zip, or an .npz.")],
+    out: Annotated[Path, typer.Option(help="The folder of all results; a rerun goes on there.")],
     methods: Annotated[
         str,
         typer.Option(
             help="Methods, such as full,last:n=3,bias, or JSON files; see `methods`. "
             "With --tasks also none and transductive."
         ),
-    ],
-    data: Annotated[Path, typer.Option(help="Training images: a folder, a zip, or an .npz.")],
-    out: Annotated[Path, typer.Option(help="The folder of all results; a rerun goes on there.")],
+    ] = "",
+    rules: Annotated[
+        str,
+        typer.Option(
+            help="Rules of `metatrain` in the place of methods, such as "
+            "maml:rate=0.1,anil,p-meta: each is meta-trained on --data, judged on --test."
+        ),
+    ] = "",
     test: Annotated[
         list[Path] | None,
         typer.Option(
             help="Test images; without, a fifth of --data, of each class. With --tasks: "
-            "more images to draw tasks from; may be repeated."
+            "more images to draw tasks from; may be repeated. With --rules: of other classes."
         ),
     ] = None,
     input: Input = "",
@@ -520,12 +557,34 @@ def compare(
         typer.Option(help="Images to choose rates on; without, a part of the classes of --data."),
     ] = None,
     validation_tasks: Annotated[int, typer.Option(min=1, help="Tasks to choose rates on.")] = 12,
+    episodes: Annotated[int, typer.Option(min=1, help="Tasks of an epoch of --rules.")] = 400,
     as_json: Json = False,
 ) -> None:
-    """Train several methods alike, and put accuracy beside memory and work."""
+    """Train several methods, or rules of meta-learning, alike: accuracy beside memory and work."""
     from modicum.comparison import compare_methods
     from modicum.tasks import load, split
 
+    if bool(methods) == bool(rules):
+        raise UsageError("compare what?", hint="--methods full,last:n=3 or --rules maml,p-meta")
+    if rules:
+        refuse_flags(context, NOT_FOR_RULES, "does not go with --rules")
+        if not test or len(test) > 1 or "-" in ways:
+            raise UsageError(
+                "rules are judged on images of other classes, in tasks of one size",
+                hint="--test FOLDER --ways 5",
+            )
+        rule = parse_episodes(ways, shots, queries)
+        shown = preprocess_of(parse_shape(input or default_input(model)), model, mean, std)
+        chosen_rules = {spec: parse_rule(spec) for spec in split_methods(rules)}
+        config = parse_metatrain({
+            "rule": parse_rule("maml"), "epochs": epochs, "episodes": episodes, "episode": rule,
+            "augment": parse_augment(augment),
+        })  # fmt: skip
+        net = load_to_metatrain(model, input, weights, config)
+        _compare_rules(net, chosen_rules, (data, validation, test[0]), shown, config, out,
+                       tasks or 600, as_json)  # fmt: skip
+        return
+    refuse_flags(context, ("episodes",), "goes with --rules")
     few, tests = tasks is not None, test or []
     why = f"goes {'without' if few else 'with'} --tasks"
     refuse_flags(context, FOR_TRAININGS if few else FOR_TASKS, why)

@@ -462,6 +462,41 @@ def test_what_a_gradient_rule_has_learned_is_planned_and_adapted(modicum, shots,
     assert done.code == 0 and "steps, loss" in done.out, done.err
 
 
+def test_rules_are_compared_by_accuracy_and_by_what_adapting_costs(modicum, shots, tmp_path):
+    base = shots / "base.npz"
+    words = ["compare", "digits", "--rules", "maml:steps=2,anil:steps=2,protonet,p-meta:steps=2",
+             "--data", base, "--test", base, "--ways", 3, "--shots", 2, "--queries", 2,
+             "--epochs", 1, "--episodes", 4, "--tasks", 5, "--out", tmp_path]  # fmt: skip
+    done = modicum(*words, "--json")
+    assert done.code == 0, done.err
+    rows = {row["label"].partition(":")[0]: row for row in json.loads(done.out)["rows"]}
+    cost = {name: row["cost"] for name, row in rows.items()}
+    assert set(rows) == {"maml", "anil", "protonet", "p-meta"}
+    assert cost["anil"]["layers"] == [1, 1] and cost["protonet"]["layers"] == []
+    for key in ("backward", "measured_backward", "macs"):
+        assert cost["anil"][key] < cost["maml"][key]
+    assert cost["protonet"]["macs"] * 2 <= cost["anil"]["macs"] < cost["maml"]["macs"]
+    assert all(0 <= row["score"] <= 1 and row["labels"] for row in rows.values())
+    again = modicum(*words)
+    assert again.code == 0 and "% " in again.out and "layers by step" in again.out
+    assert (tmp_path / "rules.txt").read_text().strip() in again.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "compare what?"),
+        (["--rules", "maml", "--methods", "full"], "compare what?"),
+        (["--rules", "maml"], "judged on images of other classes"),
+        (["--rules", "maml", "--seeds", 2], "--seeds does not go with --rules"),
+        (["--methods", "full", "--episodes", 5], "--episodes goes with --rules"),
+    ],
+)
+def test_compare_says_which_flags_belong_together(modicum, shots, tmp_path, words, message):
+    done = modicum("compare", "digits", "--data", shots / "base.npz", "--out", tmp_path, *words)
+    assert done.code == 2 and message in done.err, done.err
+
+
 def test_tasks_of_various_ways_do_not_fit_a_head(modicum, shots, tmp_path):
     words = ["metatrain", "digits", "--data", shots / "base.npz", "--ways", "3-5"]
     done = modicum(*words, "--rule", "maml", "--out", tmp_path / "out")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from modicum.meta.anil import ANIL
 from modicum.meta.boil import BOIL
+from modicum.meta.comparison import compare_rules
 from modicum.meta.config import MetaTrace, MetaTrain, Scores
+from modicum.meta.costs import adaptation_cost
 from modicum.meta.learner import Learner, Rule
 from modicum.meta.maml import MAML
 from modicum.meta.mamlpp import MAMLPP
@@ -34,6 +36,8 @@ __all__ = [
     "Scores",
     "Sines",
     "TaskSource",
+    "adaptation_cost",
+    "compare_rules",
     "judge",
     "load_learner",
     "metatrain",

@@ -23,6 +23,8 @@ class Rule(Frozen):
 
     OUTER: ClassVar[dict[str, Any]] = {}
 
+    kind: str
+
     def learner(self, net: nn.Module) -> Learner:
         """The net under this rule; `net` is left alone until `write_to`."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ from torch import nn
 
 from modicum.capture import capture
 from modicum.graph import Graph
-from modicum.lower import Loss, Program, lower
+from modicum.lower import Loss, Program, lower, lower_inference
 from modicum.optim import SGD
 from modicum.selection import Selection, Slice, Update
 
@@ -43,7 +43,9 @@ class StepMemory:
         self._peaks: dict[frozenset[str], int] = {}
 
     def program(self, layers: frozenset[str]) -> Program:
-        """Of a step that updates weight and bias of these layers."""
+        """Of a step that updates weight and bias of these layers; of none, a forward pass."""
+        if not layers:
+            return lower_inference(self.graph)
         if layers not in self._programs:
             updates = []
             for param in self.graph.trainable():
