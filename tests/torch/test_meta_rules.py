@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -198,14 +200,14 @@ def test_reptile_on_a_quadratic_is_its_closed_form(tmp_path):
     config = MetaTrain(rule=Reptile(steps=3, rate=0.1), epochs=1, episodes=4, tasks=4, rate=0.5)
     metatrain(net, Targets(), None, config, out=tmp_path)
     ends = [c + 0.8**3 * (5.0 - c) for c in range(4)]
-    assert float(net.w) == pytest.approx(5.0 + 0.5 * (np.mean(ends) - 5.0), abs=1e-12)
+    assert float(net.w.detach()) == pytest.approx(5.0 + 0.5 * (np.mean(ends) - 5.0), abs=1e-12)
 
 
 def test_reptile_with_a_whole_step_is_the_mean_of_what_the_tasks_end_with(tmp_path):
     net = Constant(5.0)
     config = MetaTrain(rule=Reptile(steps=2, rate=0.25), epochs=1, episodes=2, tasks=2)
     metatrain(net, Targets(), None, config, out=tmp_path)
-    assert float(net.w) == pytest.approx(np.mean([0.25 * 5, 1 + 0.25 * 4]), abs=1e-12)
+    assert float(net.w.detach()) == pytest.approx(np.mean([0.25 * 5, 1 + 0.25 * 4]), abs=1e-12)
 
 
 # ---- MAML++ --------------------------------------------------------------------------------------
@@ -319,6 +321,20 @@ def test_the_memory_limit_holds_in_every_inner_step(share, pruning):
     assert (learner.rates == 0).any() == (~learner.allowed).any()
 
 
+def test_weights_are_kept_of_an_epoch_that_keeps_the_limit(tmp_path):
+    data = load((np.zeros((60, 16, 16), np.uint8), np.arange(60) % 5))
+    shown = Preprocess(size=16, mean=(0.5,), std=(0.5,))
+    episode = FixedEpisodes(ways=3, shots=1, queries=2)
+    rule = PMeta(steps=2, rate=0.01, prune_from=0.5, prune_to=0.75)
+    config = MetaTrain(rule=rule, epochs=4, episodes=4, tasks=2, episode=episode, validation=2)
+    trace = metatrain(Conv4(3, 4, 1, 16), data, shown, config, out=tmp_path, validation=data)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry.get("ready", True) for entry in log] == [False, False, False, True]
+    assert trace.best == 3
+    _, learner = load_learner(Conv4(3, 4, 1, 16), tmp_path / "learner.pt")
+    assert not bool(learner.allowed.all())
+
+
 def test_a_limit_that_nothing_keeps_is_an_error():
     _, learner = pmeta(ram=16)
     learner.progress = 0.5
@@ -333,7 +349,7 @@ def test_step_sizes_are_never_negative_and_stay_at_0():
         learner.alpha[0, 1] = -0.2
     assert bool((learner.rates >= 0).all())
     learner.after_update(*(part[-1] for part in drawn))
-    assert not bool(learner.allowed[0, 1]) and float(learner.rates[0, 1]) == 0
+    assert not bool(learner.allowed[0, 1]) and float(learner.rates[0, 1].detach()) == 0
     with torch.no_grad():
         learner.alpha[0, 1] = 1.0
     assert float(learner.rates[0, 1].detach()) == 0

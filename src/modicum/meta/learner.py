@@ -53,6 +53,11 @@ class Learner(nn.Module):
     def after_update(self, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> None:
         """What follows each update of the outer rule; given is the last task."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether it keeps the limits that it is trained to keep."""
+        return True
+
     def write_to(self, net: nn.Module) -> None:
         """Give `net` what was learned."""
         raise NotImplementedError

@@ -212,12 +212,27 @@ class PMetaLearner(GradientLearner):
         """The limit on the peak dynamic memory of a step at this point of the training."""
         assert self.memory is not None
         rule, whole = self.rule, self.memory.peak(frozenset(self.layers))
-        least = rule.limit if rule.limit is not None else int(rule.share * whole)
+        least = self.limit()
         if self.progress < rule.prune_from:
             return None
         span = max(rule.prune_to - rule.prune_from, 1e-9)
         done = min(1.0, (self.progress - rule.prune_from) / span)
         return int(whole * (least / whole) ** done) if least < whole else least
+
+    def limit(self) -> int:
+        """The limit that every step keeps in the end."""
+        assert self.memory is not None
+        if self.rule.limit is not None:
+            return self.rule.limit
+        return int(self.rule.share * self.memory.peak(frozenset(self.layers)))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has been pruned to the end."""
+        memory = self.memory
+        if memory is None:
+            return False
+        return all(memory.peak(self.active(k)) <= self.limit() for k in range(self.steps))
 
     def prune(self, k: int, limit: int) -> None:
         """Take entries of step k away until its peak dynamic memory keeps the limit."""

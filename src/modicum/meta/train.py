@@ -183,6 +183,8 @@ class _Run:
                 entry["validation"] = self.validate()
             self.seconds += time.perf_counter() - start
             entry["seconds"] = self.seconds
+            if not self.learner.ready:
+                entry["ready"] = False
             self.log.append(entry)
             if self.best_epoch() == epoch:
                 self.best = {k: v.detach().clone() for k, v in self.learner.state_dict().items()}
@@ -190,7 +192,7 @@ class _Run:
                 self.save()
                 self.say(entry)
                 for key, value in entry.items():
-                    if board is not None and key != "epoch":
+                    if board is not None and key not in ("epoch", "ready"):
                         board.add_scalar(key, value, epoch)
         if board is not None:
             board.close()
@@ -219,11 +221,15 @@ class _Run:
             (self.folder / "method.json").write_text(method.model_dump_json(indent=1) + "\n")
 
     def best_epoch(self) -> int:
-        """The one with the best validation score; without validation the last."""
+        """The one with the best validation score, if that counts, of those that keep all limits;
+        without validation the last."""
         if self.validation is None:
             return len(self.log) - 1
         sign = 1 if self.labels else -1
-        return max(range(len(self.log)), key=lambda i: (sign * self.log[i]["validation"], i))
+        able = [i for i, entry in enumerate(self.log) if entry.get("ready", True)]
+        return max(
+            able or range(len(self.log)), key=lambda i: (sign * self.log[i]["validation"], i)
+        )
 
     def epoch(self, epoch: int) -> dict[str, Any]:
         config = self.config
