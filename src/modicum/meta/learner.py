@@ -106,6 +106,8 @@ class GradientLearner(Learner):
         return loss_of(out, yq), out
 
     def forward(self, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> tuple[Tensor, Tensor]:
+        for norm in norms_of(self.net):
+            norm.together = len(xs) > 1
         with clear_errors(self.net):
             if len(xs) == 1 and not self.grouped:
                 xs, xq = channels_last(xs[0])[None], channels_last(xq[0])[None]

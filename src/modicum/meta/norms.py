@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modicum.errors import UsageError
-from modicum.meta.relu import LayoutReLU
 
 Norms = Literal["batch", "frozen", "per-step"]
 """The statistics by which batch norms normalise.
@@ -55,7 +54,7 @@ class MetaNorm(nn.Module):
             )
         self.setting, self.eps = setting, norm.eps
         self.momentum = 0.1 if norm.momentum is None else norm.momentum
-        self.step, self.following = 0, False
+        self.step, self.following, self.together = 0, False, False
         for name in ("weight", "bias"):
             value = getattr(norm, name)
             if value is not None:
@@ -73,11 +72,11 @@ class MetaNorm(nn.Module):
             F.batch_norm(x.detach(), mean, var, None, None, True, self.momentum, self.eps)
         if self.setting == "frozen":
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-        y = F.batch_norm(x, None, None, None, None, True, 0.0, self.eps)
-        if weight is None or bias is None:
-            return y
+        if not self.together or weight is None or bias is None:
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         # apart, since PyTorch 2.13's second derivatives of batch_norm are wrong where vmap gives
         # each task a weight of its own
+        y = F.batch_norm(x, None, None, None, None, True, 0.0, self.eps)
         shape = (1, -1, *[1] * (x.dim() - 2))
         return y * weight.reshape(shape) + bias.reshape(shape)
 
@@ -88,14 +87,12 @@ class MetaNorm(nn.Module):
 
 
 def with_norms(net: nn.Module, setting: Norms, steps: int) -> nn.Module:
-    """A copy of a net with every batch norm, and every ReLU, replaced."""
+    """A copy of a net with every batch norm replaced."""
     made = copy.deepcopy(net)
     for name, module in list(made.named_modules()):
         parent, _, leaf = name.rpartition(".")
         if isinstance(module, _BatchNorm):
             setattr(made.get_submodule(parent), leaf, MetaNorm(module, setting, steps))
-        elif type(module) is nn.ReLU and name:
-            setattr(made.get_submodule(parent), leaf, LayoutReLU())
     return made
 
 

@@ -79,8 +79,8 @@ def metatrain(
 def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep what PyTorch frees: it asks for the same sizes in every step.
 
-    Large tensors would go back to the system otherwise and be mapped and cleared again, which is
-    a sixth of the time of an update of MAML.  Holds for the whole process; without glibc nothing
+    Large tensors would go back to the system otherwise and be mapped and cleared again, up to a
+    sixth of the time of an update of MAML.  Holds for the whole process; without glibc nothing
     happens.
     """
     if sys.platform != "linux":
