@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -284,7 +285,8 @@ def show(args: argparse.Namespace, result: dict[str, object]) -> None:
     if args.json:
         given = {k: getattr(args, k) for k in ("net", "size", "tasks", "set", "only", "models",
                                                "methods")}  # fmt: skip
-        flags = [f"--{k} {v}" for k, v in given.items() if v] if args.verb == "compare" else []
+        flags = [f"--{k} {shlex.quote(str(v))}" for k, v in given.items() if v]
+        flags = flags if args.verb == "compare" else []
         words = ["python benchmarks/tinytrain.py", args.verb, *flags, "--json", args.json.name]
         command = " ".join(words)
         made = {
