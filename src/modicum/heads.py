@@ -139,7 +139,7 @@ def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n]
     if not layers:
         raise UsageError(
-            "the model has no linear layer that a few-shot head could replace",
+            "the model has no linear layer that could be its head",
             hint="FewShot(backbone, CosineHead(features, ways)) around what embeds",
         )
     return layers[-1]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from modicum.errors import UsageError
-
 EPS = 1e-12
 REDUCTION, LEAST_HIDDEN = 4, 4
 
@@ -59,8 +57,3 @@ def clip(scores: Tensor, rho: float) -> Tensor:
 def most_kept(channels: int, rho: float) -> int:
     """The most channels that `clip` can leave: where all scores are equal."""
     return min(channels, int(rho * channels) + 1)
-
-
-def check_rho(rho: float) -> None:
-    if not 0 < rho <= 1:
-        raise UsageError(f"rho is a share of the attention, not {rho}", hint="0 < rho <= 1")

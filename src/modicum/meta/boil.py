@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from modicum.meta.inner import head_of
+from modicum.heads import last_linear
 from modicum.meta.maml import MAML
 
 
@@ -19,5 +19,5 @@ class BOIL(MAML):
     kind: Literal["boil"] = "boil"  # type: ignore[assignment]
 
     def moving(self, net: nn.Module) -> set[str]:
-        head = head_of(net)
+        head = last_linear(net)[0]
         return {name for name in super().moving(net) if not name.startswith(f"{head}.")}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -84,16 +83,6 @@ def gradient_step(
     return {**frozen, **{name: w - rate(name, step) * gradients[name] for name, w in now.items()}}
 
 
-def head_of(net: nn.Module) -> str:
-    """The name of the last linear layer, in the order in which the net lists its modules."""
-    layers = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
-    if not layers:
-        raise UsageError(
-            "the model has no linear layer that could be its head", hint="a rule that needs none"
-        )
-    return layers[-1]
-
-
 def layers_of(net: nn.Module) -> dict[str, list[str]]:
     """Modules that have parameters of their own, in order, with the names of these."""
     found = {}
@@ -129,7 +118,3 @@ def detached(params: Mapping[str, Tensor]) -> Params:
 
 def own_params(net: nn.Module) -> Params:
     return dict(net.named_parameters())
-
-
-def mean_of(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).mean()

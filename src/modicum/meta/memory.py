@@ -79,11 +79,6 @@ class StepMemory:
         forward, backward = sum(m.forward for m in each), sum(m.dx + m.dw for m in each)
         return self.samples * forward, self.samples * backward
 
-    def input_bytes(self, layer: str) -> int:
-        """What the input of a layer takes, of all samples."""
-        (node, _), *_ = self.graph.users_of(f"{layer}.weight")
-        return self.samples * self.graph.values[node.inputs[0]].bytes
-
 
 def dynamic_bytes(program: Program, samples: int) -> tuple[int, int]:
     """The most bytes live at once in the (forward, backward) part of a step, beside weights,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from modicum.errors import UsageError
+from modicum.heads import last_linear
 from modicum.lower import Loss as LossName
 from modicum.meta.attention import Branch, ChannelAttention, clip, magnitudes, most_kept
-from modicum.meta.inner import Loss, Params, head_of, loss_of, output, own_params
+from modicum.meta.inner import Loss, Params, loss_of, output, own_params
 from modicum.meta.learner import GradientLearner
 from modicum.meta.maml import MAML
 from modicum.meta.memory import StepMemory
@@ -84,7 +85,8 @@ class PMetaLearner(GradientLearner):
         self.register_buffer("allowed", torch.ones(shape, dtype=torch.bool, device=like.device))
         self.attention = nn.ModuleDict()
         if rule.channels != "none":
-            head = head_of(self.net) if any(_linear(self.net, n) for n in self.layers) else ""
+            linear = any(isinstance(self.net.get_submodule(n), nn.Linear) for n in self.layers)
+            head = last_linear(self.net)[0] if linear else ""
             for name in self.layers:
                 if name != head:
                     made = _attention(self.net.get_submodule(name), rule.channels)
@@ -181,7 +183,12 @@ class PMetaLearner(GradientLearner):
         """Of every layer; a pass without gradients, on samples of zeros, once for each shape."""
         key = tuple(x.shape)
         if getattr(self, "_shapes", (None, {}))[0] != key:
-            with torch.no_grad(), _recording_shapes(self.net, self.layers) as shapes:
+            shapes: dict[str, torch.Size] = {}
+
+            def record(name: str, x: Tensor, out: Tensor) -> None:
+                shapes[name] = out.shape
+
+            with torch.no_grad(), _hooked(self.net, self.layers, record):
                 self.net(torch.zeros(key, dtype=x.dtype, device=x.device))
             self._shapes = (key, shapes)
         return self._shapes[1]
@@ -286,10 +293,6 @@ def _attention(layer: nn.Module, channels: str) -> ChannelAttention:
     return ChannelAttention(inputs if fw else None, outputs if channels != "fw" else None)
 
 
-def _linear(net: nn.Module, name: str) -> bool:
-    return isinstance(net.get_submodule(name), nn.Linear)
-
-
 def _masked(g: Tensor, gates: tuple[Tensor | None, Tensor | None], leaf: str) -> Tensor:
     """The dense gradient of a weight (out, in, ...) or bias (out,) times its gates."""
     fw, bw = gates
@@ -306,34 +309,27 @@ def _watching(net: nn.Module, added: Params) -> Iterator[dict[str, Tensor]]:
     gradient of what is added, zeros, is that of the output."""
     seen: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Any:
-        def watch(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            seen[name] = magnitudes(inputs[0])
-            return out + added[name]
+    def watch(name: str, x: Tensor, out: Tensor) -> Tensor:
+        seen[name] = magnitudes(x)
+        return out + added[name]
 
-        return watch
-
-    handles = [net.get_submodule(n).register_forward_hook(hook(n)) for n in added]
-    try:
+    with _hooked(net, added, watch):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
-def _recording_shapes(net: nn.Module, layers: list[str]) -> Iterator[dict[str, torch.Size]]:
-    shapes: dict[str, torch.Size] = {}
-
-    def hook(name: str) -> Any:
-        def record(module: nn.Module, inputs: Any, out: Tensor) -> None:
-            shapes[name] = out.shape
-
-        return record
-
-    handles = [net.get_submodule(n).register_forward_hook(hook(n)) for n in layers]
+def _hooked(
+    net: nn.Module, layers: Iterable[str], hook: Callable[[str, Tensor, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Call hook(name, input, output) where layers pass; what it returns replaces the output."""
+    handles = [
+        net.get_submodule(name).register_forward_hook(
+            lambda module, inputs, out, name=name: hook(name, inputs[0], out)
+        )
+        for name in layers
+    ]
     try:
-        yield shapes
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -87,9 +87,10 @@ class Layer:
 def layers(graph: Graph) -> list[Layer]:
     """All convolutions and linear layers with a weight of their own to train, in order."""
     global _latest
-    if _latest is None or _latest[0] is not graph:
-        _latest = graph, [_layer(graph, n) for n in graph.nodes if _is_layer(graph, n)]
-    return list(_latest[1])
+    known = _latest
+    if known is None or known[0] is not graph:
+        known = _latest = graph, [_layer(graph, n) for n in graph.nodes if _is_layer(graph, n)]
+    return list(known[1])
 
 
 # a method asks a dozen times while it selects, a tenth of the time that selecting takes
