@@ -3,6 +3,7 @@
     python benchmarks/tinytrain.py metatrain --net mcunet-5fps
     python benchmarks/tinytrain.py compare --net mcunet-5fps --tasks 30 --json FILE
     python benchmarks/tinytrain.py compare --set ablation ...
+    python benchmarks/tinytrain.py selection --json FILE
 
 Backbones with ImageNet weights; meta-training on 130 classes of Tiny-ImageNet (30 others to choose
 by); tests on traffic signs, Omniglot, CIFAR-10 and 40 more classes of Tiny-ImageNet: way 5 to 10,
@@ -22,6 +23,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import backbones
 import numpy as np
@@ -33,7 +35,14 @@ from modicum.heads import FewShot, few_shot
 from modicum.meta import MetaTrain, metatrain
 from modicum.methods import Bias, Full, Last, SparseUpdate, TinyTL, TinyTrain
 from modicum.models import MODELS
-from modicum.task_comparison import Contender, Domain, TaskComparison, compare_on_tasks
+from modicum.optim import Adam
+from modicum.task_comparison import (
+    Contender,
+    Domain,
+    TaskComparison,
+    compare_on_tasks,
+    runs_on_tasks,
+)
 from modicum.tasks import Augment, FixedEpisodes, Labelled, Preprocess, load
 
 SCHEMES = {
@@ -51,13 +60,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.verb == "metatrain":
         meta_train(args)
+    elif args.verb == "selection":
+        selection(args)
     else:
         compare(args)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("verb", choices=("metatrain", "compare"))
+    parser.add_argument("verb", choices=("metatrain", "compare", "selection"))
     parser.add_argument("--net", choices=backbones.NAMES, default="mcunet-5fps")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--tasks", type=int, default=30)
@@ -199,6 +210,7 @@ def ablation_set(net: str) -> dict[str, Contender]:
     return {label: Contender(method=m, rates=rates) for label, m in made.items()}
 
 
+RULE = FixedEpisodes(ways=(5, 10), shots=5, queries=10)
 FAR = ("traffic_signs", "omniglot")
 SETS = {"main": main_set, "wide": wide_set, "ablation": ablation_set}
 
@@ -245,12 +257,38 @@ def compare(args: argparse.Namespace) -> None:
         contenders = {k: v for k, v in contenders.items() if k in args.methods.split(";")}
     made = compare_on_tasks(
         models(args), contenders, test, preprocess(args.net, args.size), out=folder(args),
-        tasks=args.tasks, rule=FixedEpisodes(ways=(5, 10), shots=5, queries=10),
+        tasks=args.tasks, rule=RULE,
         validation=validation, validation_tasks=12, progress=True,
     )  # fmt: skip
     print(made)
     reference = "full criterion" if args.set == "ablation" else "tinytrain"
     show(args, {"tasks": args.tasks, "size": args.size, "rows": table(made, reference)})
+
+
+def selection(args: argparse.Namespace) -> None:
+    """The seconds that selecting takes beside those of fine-tuning, task by task; nothing else
+    should run on the machine meanwhile."""
+    test, _ = domains()
+    methods = {k: c for k, c in main_set(args.net).items() if isinstance(c.method, TinyTrain)}
+    rows = []
+    with TemporaryDirectory() as fresh:  # seconds of earlier runs are of another day
+        found = runs_on_tasks(
+            list(models(args).values())[-1], methods, {d: test[d] for d in FAR},
+            preprocess(args.net, args.size), out=fresh, tasks=args.tasks, rule=RULE,
+            optimizer=Adam(lr=3e-3),
+        )  # fmt: skip
+    for label, runs in found.items():
+        selecting, learning = (np.array([getattr(r, k) for r in runs])
+                               for k in ("selection", "seconds"))  # fmt: skip
+        rows.append({
+            "method": label, "tasks": len(runs), "selection_s": float(selecting.mean()),
+            "learning_s": float(learning.mean()),
+            "share": float(selecting.sum() / learning.sum()),
+            "median_share": float(np.median(selecting / learning)),
+        })  # fmt: skip
+        print("{method:28} selects in {selection_s:.3f} s, learns in {learning_s:.2f} s: "
+              "{share:.1%}, median {median_share:.1%}".format(**rows[-1]))  # fmt: skip
+    show(args, {"rows": rows})
 
 
 def table(made: TaskComparison, reference: str) -> list[dict[str, object]]:
@@ -286,7 +324,7 @@ def show(args: argparse.Namespace, result: dict[str, object]) -> None:
         given = {k: getattr(args, k) for k in ("net", "size", "tasks", "set", "only", "models",
                                                "methods")}  # fmt: skip
         flags = [f"--{k} {shlex.quote(str(v))}" for k, v in given.items() if v]
-        flags = flags if args.verb == "compare" else []
+        flags = [] if args.verb == "metatrain" else flags
         words = ["python benchmarks/tinytrain.py", args.verb, *flags, "--json", args.json.name]
         command = " ".join(words)
         made = {

@@ -8,6 +8,7 @@ shadow of the arena and shares no code with `place`.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def _best_offsets(
     tried = []
     for key in keys:
         order = sorted(names, key=key)
-        offsets = _fill(order, size, conflicts)
+        offsets = _fill(order, size, conflicts) or {}
         tried.append((_top(offsets, size), order, offsets))
     top, order, offsets = min(tried, key=lambda t: t[0])
     rng = random.Random(0)
@@ -98,12 +99,11 @@ def _best_offsets(
         highest = [n for n in names if offsets[n] + size[n] == top]
         moved = rng.choice(highest)
         position = order.index(moved)
-        trial = [n for n in order if n != moved]
-        trial.insert(rng.randrange(position + 1), moved)
-        trial_offsets = _fill(trial, size, conflicts)
-        trial_top = _top(trial_offsets, size)
-        if trial_top <= top:
-            top, order, offsets = trial_top, trial, trial_offsets
+        first = rng.randrange(position + 1)  # what comes before it stays where it is
+        trial = [*order[:first], moved, *(n for n in order[first:] if n != moved)]
+        trial_offsets = _fill(trial, size, conflicts, {n: offsets[n] for n in order[:first]}, top)
+        if trial_offsets is not None:
+            top, order, offsets = _top(trial_offsets, size), trial, trial_offsets
     return offsets
 
 
@@ -118,17 +118,26 @@ def _conflicts(names: list[str], spans: Mapping[str, tuple[int, int]]) -> dict[s
 
 
 def _fill(
-    order: list[str], size: Mapping[str, int], conflicts: Mapping[str, list[str]]
-) -> dict[str, int]:
-    """Each buffer at the lowest offset where it meets no placed buffer that lives with it."""
-    offsets: dict[str, int] = {}
-    for name in order:
+    order: list[str],
+    size: Mapping[str, int],
+    conflicts: Mapping[str, list[str]],
+    placed: Mapping[str, int] | None = None,
+    most: float = math.inf,
+) -> dict[str, int] | None:
+    """Each buffer at the lowest offset where it meets no placed buffer that lives with it.
+
+    `placed` are the first of `order`, already there.  None if a buffer would end above `most`.
+    """
+    offsets = dict(placed or {})
+    for name in order[len(offsets) :]:
         taken = sorted((offsets[m], offsets[m] + size[m]) for m in conflicts[name] if m in offsets)
         at = 0
         for start, end in taken:
             if start - at >= size[name]:
                 break
             at = max(at, end)
+        if at + size[name] > most:
+            return None
         offsets[name] = at
     return offsets
 

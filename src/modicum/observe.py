@@ -18,7 +18,7 @@ from modicum.methods.layers import layers
 from modicum.optim import SGD
 from modicum.plan import Plan, plan
 
-TOGETHER = 32
+TOGETHER = 64
 """Samples that pass through the network at once."""
 KNOWN = 32
 """Inspections that are remembered: a comparison makes the same few for every task."""
@@ -33,7 +33,7 @@ def observe(
     *,
     queries: Data | None = None,
 ) -> Observed:
-    """Look at a model, and at samples if the method scores channels on them.
+    """Look at a model's weights, and at samples, as far as the method asks for them.
 
     `samples` are (inputs (n, ...), labels (n,)).  Of a model with a cosine head they are the
     support set: their means are the prototypes, through which no gradient goes, and the loss is
@@ -52,7 +52,8 @@ def observe(
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     graph.check_params({name: tuple(t.shape) for name, t in state.items()}, "the model")
-    weights = {x.weight: state[x.weight].detach() for x in layers(graph)}
+    weighed = layers(graph) if method.weighs else []
+    weights = {x.weight: state[x.weight].detach() for x in weighed}
     norms = {name: (_norms(w, 0), _norms(w, 1)) for name, w in weights.items()}
     fisher: dict[str, tuple[float, ...]] = {}
     count = 0

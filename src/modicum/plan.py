@@ -285,13 +285,14 @@ def _placed(
 ) -> Plan:
     placed = []
     for step, *_ in selection.patterns:
-        candidates = []
+        best: tuple[Program, Placement] | None = None
         for order in ORDERS:
             program = lower(graph, selection, optimizer, loss, accumulate, order, step)
-            candidates.append((program, place(program)))
-            if candidates[0][0].steps == program.steps and order != ORDERS[0]:
-                candidates.pop()
-        placed.append(min(candidates, key=lambda c: c[1].arena))
+            if best is None or lower_bound(program) < best[1].arena:
+                at = place(program)
+                best = (program, at) if best is None or at.arena < best[1].arena else best
+        assert best is not None
+        placed.append(best)
     total = worst_cost(placed, board)
     verify_together([(program, at.offsets) for program, at in placed], total.arena)
     return Plan(

@@ -50,6 +50,11 @@ class ObservingMethod(Method):
         """The values whose channels are to be scored on samples; none where weights are enough."""
         return ()
 
+    @property
+    def weighs(self) -> bool:
+        """Whether it looks at the norms of the weights' channels."""
+        return True
+
     def select(self, graph: Graph) -> Selection:
         raise UsageError(
             f"{type(self).__name__} has to see {'samples' if self.probes(graph) else 'the weights'}"

@@ -74,6 +74,10 @@ class TinyTrain(ObservingMethod):
             return ()
         return tuple(dict.fromkeys(self._probed(x) for x in self._window(graph)))
 
+    @property
+    def weighs(self) -> bool:
+        return "l2" in (self.criterion, self.channels)
+
     def _window(self, graph: Graph) -> list[Layer]:
         """The layers to choose from."""
         found = last_layers(graph, self.inspect_blocks)

@@ -60,10 +60,10 @@ class Conv2d(Op):
         if s is None:
             return ()
         x, shape = graph.values[node.inputs[0]], _weight(graph, node)
-        inside = range(shape[1]) if s.inp is None else s.inp
-        channels = tuple(g * shape[1] + i for g in by_group(node, shape, s) for i in inside)
-        if len(channels) == x.shape[1]:
+        inside, chosen = range(shape[1]) if s.inp is None else s.inp, by_group(node, shape, s)
+        if len(inside) * len(chosen) == x.shape[1]:
             return (Kept("value", x.name, x.bytes, why="input, for the weight gradient"),)
+        channels = tuple(g * shape[1] + i for g in chosen for i in inside)
         return (
             Kept(
                 "channels",
@@ -229,6 +229,10 @@ def by_group(node: Node, weight: Shape, s: Slice) -> dict[int, tuple[int, ...]]:
     """The chosen output channels of each group that has one, both ascending."""
     each = weight[0] // _groups(node)
     out = range(weight[0]) if s.out is None else s.out
+    if each == weight[0]:  # searches ask often
+        return {0: tuple(out)} if out else {}
+    if each == 1:
+        return {o: (o,) for o in out}
     return {group: tuple(some) for group, some in groupby(out, lambda o: o // each)}
 
 
