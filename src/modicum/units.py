@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from modicum.errors import UsageError
 
-__all__ = ["count", "duration", "kib", "parse_size", "percent", "rate", "size"]
+__all__ = ["Size", "count", "duration", "kib", "parse_size", "percent", "rate", "size"]
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmg])?(?:i?b)?)", re.IGNORECASE)
 _FACTOR = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
@@ -56,6 +59,16 @@ def parse_size(text: str | int) -> int:
         why="a size is a whole number of bytes, or a number with KB, MB or GB (of 1024)",
         hint="256KB, 1MiB or 65536",
     )
+
+
+def _positive(size: int | str) -> int | str:
+    if parse_size(size) < 1:
+        raise UsageError(f"{size!r} is no memory at all", hint="a size of 1 byte or more")
+    return size
+
+
+Size = Annotated[int | str, AfterValidator(_positive)]
+"""A field of bytes, as a number or in words: see `parse_size`."""
 
 
 def count(n: int | float) -> str:

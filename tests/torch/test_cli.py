@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,21 +14,6 @@ import modicum as mo
 from modicum import arguments, cli
 from modicum.errors import UsageError
 from modicum.models import MODELS, DigitsNet, MobileNetV2
-
-
-@pytest.fixture
-def modicum(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["modicum", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=ended.value.code, out=out, err=err)
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -483,3 +483,17 @@ def test_resnet12_has_four_stages_and_passes_images():
     net = ResNet12(5, width=0.1)
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
     assert sum(p.numel() for p in ResNet12(5).parameters()) == 12_427_525
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [
+        ({"ram": "much"}, "not a size"),
+        ({"ram": 0}, "no memory at all"),
+        ({"ram": "-5 KB"}, "not a size"),
+        ({"prune_from": 0.9, "prune_to": 0.5}, "cannot end"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused_when_they_are_given(field, says):
+    with pytest.raises((UsageError, ValueError), match=says):
+        PMeta(**field)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modicum import cli
 from modicum.errors import InvalidInput, ToolMissing, UsageError
 from modicum.meta import ANIL, MAML, PMeta, load_learner
 from modicum.meta.inner import own_params
@@ -444,21 +442,6 @@ def test_p_meta_keeps_its_limit_and_its_step_takes_less_than_that_of_maml(tmp_pa
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def modicum(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["modicum", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=ended.value.code, out=out, err=err)
-
-    return call
 
 
 def test_metatrain_rl_on_the_command_line(modicum, tmp_path):

@@ -622,3 +622,9 @@ def test_limits_default_to_no_board():
         chain.graph, seen_of(chain, 1, 1, 1), limits
     )
     assert {u.param for u in selection.updates} > {"l0.weight", "l1.weight", "l2.weight"}
+
+
+@pytest.mark.parametrize(("ram", "says"), [("much", "not a size"), (0, "no memory at all")])
+def test_a_budget_that_is_no_size_is_refused_when_it_is_given(ram, says):
+    with pytest.raises(UsageError, match=says):
+        TinyTrain(ram=ram)

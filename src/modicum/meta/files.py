@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ def read_state(path: Path, device: torch.device, hint: str) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise InvalidInput(f"cannot read {path}", why="it holds no dict", hint=hint)
     return state
+
+
+def check_inputs(path: Path, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise InvalidInput unless the training of a checkpoint is the one that is asked for."""
+    if known != given:
+        odd = [k for k, value in given.items() if known.get(k) != value]
+        raise InvalidInput(
+            f"{path} is of another training",
+            why=f"what differs: {', '.join(odd)}",
+            hint="another --out, or the arguments that it was started with",
+        )
 
 
 def write_state(path: Path, data: Any) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.func import grad
 
@@ -21,7 +21,7 @@ from modicum.meta.learner import GradientLearner
 from modicum.meta.maml import MAML
 from modicum.meta.memory import StepMemory
 from modicum.selection import Slice
-from modicum.units import parse_size
+from modicum.units import Size, parse_size
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -51,16 +51,22 @@ class PMeta(MAML):
     kind: Literal["p-meta"] = "p-meta"  # type: ignore[assignment]
     rho: Share = 0.5
     channels: Literal["both", "fw", "bw", "none"] = "both"
-    ram: int | str | None = None
+    ram: Size | None = None
     share: Share = 0.3
     prune_from: Annotated[float, Field(ge=0, le=1)] = 0.2
     prune_to: Annotated[float, Field(ge=0, le=1)] = 0.6
     pruning: Literal["score", "random", "last"] = "score"
 
+    @model_validator(mode="after")
+    def _in_order(self) -> PMeta:
+        if self.prune_from > self.prune_to:
+            raise ValueError(f"pruning from {self.prune_from} on cannot end at {self.prune_to}")
+        return self
+
     @property
     def limit(self) -> int | None:
         """The peak dynamic memory in bytes, if it is given that way."""
-        return parse_size(self.ram) if isinstance(self.ram, str) else self.ram
+        return None if self.ram is None else parse_size(self.ram)
 
     def learner(self, net: nn.Module) -> PMetaLearner:
         return PMetaLearner(self, net)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from modicum.errors import InvalidInput, UsageError
 from modicum.heads import FewShot
 from modicum.meta.config import MetaTrace, MetaTrain, Scores
-from modicum.meta.files import read_state, weights_hash, write_state
+from modicum.meta.files import check_inputs, read_state, weights_hash, write_state
 from modicum.meta.learner import GradientLearner, Learner
 from modicum.meta.plans import method_of
 from modicum.meta.rules import AnyRule
@@ -336,13 +336,7 @@ class _Run:
             raise InvalidInput(
                 f"cannot read {path}", why=repr(error), hint="another --out, or delete it"
             ) from None
-        if known != self.inputs:
-            odd = [k for k, given in self.inputs.items() if known.get(k) != given]
-            raise InvalidInput(
-                f"{path} is of another training",
-                why=f"what differs: {', '.join(odd)}",
-                hint="another --out, or the arguments that it was started with",
-            )
+        check_inputs(path, known, self.inputs)
         self.learner.load_state_dict(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.log, self.best, self.seconds = log, best, seconds

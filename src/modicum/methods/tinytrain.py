@@ -17,7 +17,7 @@ from modicum.methods.layers import Layer, head_of, last_layers, layers
 from modicum.methods.mobiletl import exact
 from modicum.optim import SGD
 from modicum.selection import Selection, Update
-from modicum.units import count, kib, parse_size, percent
+from modicum.units import Size, count, kib, parse_size, percent
 
 Criterion = Literal["full", "fisher", "fisher/memory", "fisher/compute", "l2", "random"]
 Ranking = Literal["fisher", "l2", "random"]
@@ -52,7 +52,7 @@ class TinyTrain(ObservingMethod):
     """
 
     kind: Literal["tinytrain"] = "tinytrain"
-    ram: int | str = "1MiB"
+    ram: Size = "1MiB"
     macs_fraction: Annotated[float, Field(gt=0, le=1)] = 0.15
     inspect_blocks: Annotated[int, Field(ge=1)] = 6
     channel_ratio: Annotated[float, Field(gt=0, le=1)] = 0.25
@@ -67,7 +67,7 @@ class TinyTrain(ObservingMethod):
     @property
     def budget(self) -> int:
         """The backward memory in bytes."""
-        return parse_size(self.ram) if isinstance(self.ram, str) else self.ram
+        return parse_size(self.ram)
 
     def probes(self, graph: Graph) -> tuple[str, ...]:
         if self.criterion in ("l2", "random") and self.channels != "fisher":

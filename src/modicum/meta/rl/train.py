@@ -16,7 +16,7 @@ from modicum.errors import InvalidInput
 from modicum.graph import Frozen
 from modicum.meta.anil import ANIL
 from modicum.meta.boil import BOIL
-from modicum.meta.files import read_state, weights_hash, write_state
+from modicum.meta.files import check_inputs, read_state, weights_hash, write_state
 from modicum.meta.learner import GradientLearner
 from modicum.meta.maml import MAML
 from modicum.meta.memory import StepMemory
@@ -247,13 +247,7 @@ class _Run:
             log = [Iteration.model_validate(entry) for entry in state["log"]]
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"cannot read {path}", why=repr(error), hint=hint) from None
-        if known != self.inputs:
-            odd = [k for k, given in self.inputs.items() if known.get(k) != given]
-            raise InvalidInput(
-                f"{path} is of another training",
-                why=f"what differs: {', '.join(odd)}",
-                hint="another --out, or the arguments that it was started with",
-            )
+        check_inputs(path, known, self.inputs)
         self.learner.load_state_dict(state["learner"])
         self.log = log
         if self.progress:
