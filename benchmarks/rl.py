@@ -4,7 +4,8 @@
     python benchmarks/rl.py cheetah --json FILE                  # forwards or backwards
     python benchmarks/rl.py cheetah --task velocity ...
 
-p-Meta may use half of the dynamic memory of MAML's inner step.  Every training has a folder below
+p-Meta may use half of the dynamic memory of MAML's inner step.  "untrained" is MAML's inner step
+from the weights that the others start from, on the same tasks.  Every training has a folder below
 --out (default: ~/.cache/modicum/rl) and goes on there where it was stopped; one that is done is
 not made again.  --only p-meta and --first 3 share the work between processes.
 """
@@ -18,6 +19,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from modicum.meta import MAML, PMeta
@@ -30,14 +32,15 @@ from modicum.meta.rl import (
     Navigation2D,
     held_tasks,
     metatrain_rl,
+    returns,
     step_costs,
 )
 from modicum.models import GaussianPolicy
-from modicum.report.returns import Mean, Returns, mean
+from modicum.report.returns import Returns, mean
 
 CACHE = Path.home() / ".cache" / "modicum" / "rl"
 CHEETAHS = {"direction": HalfCheetahDirection, "velocity": HalfCheetahVelocity}
-RULES = ("maml", "p-meta")
+RULES = ("maml", "p-meta", "untrained")
 
 
 def main() -> None:
@@ -48,7 +51,11 @@ def main() -> None:
     for seed in range(args.first, args.first + args.seeds):
         for name in RULES:
             if not args.only or name in args.only.split(","):
-                made.append(row(train(args, environment, config, name, seed), environment, config))
+                if name == "untrained":
+                    made.append(untrained(args, environment, config, seed))
+                else:
+                    done = train(args, environment, config, name, seed)
+                    made.append(row(done, environment, config))
     show(args, environment, made)
 
 
@@ -105,9 +112,39 @@ def train(
     return metatrain_rl(policy(environment, seed), environment, config, out=folder, progress=True)
 
 
+def untrained(
+    args: argparse.Namespace, environment: Environment, config: RL, seed: int
+) -> dict[str, Any]:
+    """The row of a policy that was not meta-trained, of which a folder keeps the returns."""
+    path = args.out / environment.name / f"untrained-{seed}.json"
+    if not path.exists():
+        config = config.model_copy(update={"seed": seed})
+        tasks, rng = held_tasks(environment, config)
+        learner = rule("maml", environment, config).learner(policy(environment, seed))
+        scores = returns(learner, environment, config, tasks, rng).T
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(scores.tolist()))
+    scores = np.array(json.loads(path.read_text()))
+    found: dict[str, Any] = {
+        "rule": "untrained", "seed": seed, "returns": [mean(s).model_dump() for s in scores],
+        "gains": [mean(s - scores[0]).model_dump() for s in scores[1:]],
+        "memory_share": 1.0, "macs_share": 1.0,
+    }  # fmt: skip
+    return found | way(found, environment, config, seed)
+
+
+def way(made: dict[str, Any], environment: Environment, config: RL, seed: int) -> dict[str, Any]:
+    """The share of the way to the return of who knows the goal, where that is known."""
+    if not isinstance(environment, Navigation2D):
+        return {}
+    before, after = (m["mean"] for m in made["returns"][:2])
+    tasks = held_tasks(environment, config.model_copy(update={"seed": seed}))[0]
+    best = float(environment.best_returns(tasks).mean())
+    return {"best": best, "way": (after - before) / (best - before)}
+
+
 def row(made: Returns, environment: Environment, config: RL) -> dict[str, Any]:
-    """The figures of one training; `way`: share of the way to the return of who knows the goal."""
-    before, after = made.means[0].mean, made.means[1].mean
+    """The figures of one training."""
     cost, whole = made.costs[0], made.whole
     found: dict[str, Any] = {
         "rule": made.rule, "seed": made.seed, "returns": [m.model_dump() for m in made.means],
@@ -115,11 +152,7 @@ def row(made: Returns, environment: Environment, config: RL) -> dict[str, Any]:
         "memory_share": cost.memory / whole.memory, "macs_share": cost.macs / whole.macs,
         "layers": cost.layers, "seconds": made.log[-1].seconds,
     }  # fmt: skip
-    if isinstance(environment, Navigation2D):
-        tasks = held_tasks(environment, config.model_copy(update={"seed": made.seed}))[0]
-        best = float(environment.best_returns(tasks).mean())
-        found |= {"best": best, "way": (after - before) / (best - before)}
-    return found
+    return found | way(found, environment, config, made.seed)
 
 
 def show(args: argparse.Namespace, environment: Environment, rows: list[dict[str, Any]]) -> None:
@@ -131,9 +164,10 @@ def show(args: argparse.Namespace, environment: Environment, rows: list[dict[str
         way, memory, macs = ("-" if x is None else f"{100 * x:.0f} %" for x in shares)
         shown = "  ".join(f"{cell:<15}" for cell in cells)
         print(f"{r['rule']:<6}  {r['seed']:<4}  {shown}  {way:<5} {memory:<7} {macs}")
-    summary = {name: summed([r for r in rows if r["rule"] == name]) for name in RULES}
-    for name, parts in summary.items():
-        print(f"{name}: " + ", ".join(f"{k} {m}" for k, m in parts.items()))
+    found = {name: [r for r in rows if r["rule"] == name] for name in RULES}
+    summary = [{"rule": name, **summed(of)} for name, of in found.items() if of]
+    for s in summary:
+        print(", ".join(f"{k} {v}" for k, v in s.items()))
     if args.json:
         task = f"--task {args.task} " if args.verb == "cheetah" else ""
         made = {
@@ -141,20 +175,19 @@ def show(args: argparse.Namespace, environment: Environment, rows: list[dict[str
             f"--json {args.json.name}",
             "python": platform.python_version(), "torch": torch.__version__,
             "cores": os.cpu_count(), "environment": environment.name, "rows": rows,
-            "summary": {k: {n: m.model_dump() for n, m in p.items()} for k, p in summary.items()},
+            "summary": summary,
         }  # fmt: skip
         args.json.write_text(json.dumps(made, indent=1) + "\n")
 
 
-def summed(rows: list[dict[str, Any]]) -> dict[str, Mean]:
-    """Means over the seeds."""
-    if not rows:
-        return {}
+def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds, with half of their 95 % intervals."""
     parts = {f"after {k}": [r["returns"][k]["mean"] for r in rows] for k in range(4)}
     parts["gain"] = [r["gains"][0]["mean"] for r in rows]
     if "way" in rows[0]:
-        parts["way in %"] = [100 * r["way"] for r in rows]
-    return {name: mean(values) for name, values in parts.items()}
+        parts["way, %"] = [100 * r["way"] for r in rows]
+    shares = {k: rows[0][k] for k in ("memory_share", "macs_share")}
+    return {"seeds": len(rows), **{k: str(mean(v)) for k, v in parts.items()}, **shares}
 
 
 if __name__ == "__main__":

@@ -271,6 +271,24 @@ _TASKS = (
     ("selecting, s", "selection_s", ".2f"),
     ("learning, s", "learning_s", ".1f"),
 )
+_PAIRS = (
+    ("method", "method", ""),
+    ("less", "less", ""),
+    ("ImageNet", "ImageNet", ""),
+    ("meta-trained", "meta-trained", ""),
+)
+_RETURNS = (
+    ("rule", "rule", ""),
+    ("seeds", "seeds", ""),
+    ("before", "after 0", ""),
+    ("after 1 step", "after 1", ""),
+    ("after 2", "after 2", ""),
+    ("after 3", "after 3", ""),
+    ("gain of 1 step", "gain", ""),
+    ("way, %", "way, %", ""),
+    ("dynamic memory of a step", "memory_share", ".0%"),
+    ("MACs of a step", "macs_share", ".0%"),
+)
 TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "host_step": (
         ("net", "net", ""),
@@ -351,6 +369,12 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("MACs, ratio", "macs_ratio", ".2f"),
         ("backward MACs, ratio", "macs_backward_ratio", ".1f"),
     ),
+    "rl_navigation": _RETURNS,
+    "rl_cheetah": _RETURNS,
+    "tinytrain_pairs": _PAIRS,
+    "tinytrain_pairs_all": _PAIRS,
+    "tinytrain_pairs_apart": _PAIRS,
+    "tinytrain_pairs_ablation": _PAIRS,
     "tinytrain_main": _TASKS,
     "tinytrain_wide": _TASKS,
     "tinytrain_ablation": _TASKS,
@@ -370,6 +394,12 @@ SOURCES = {
     "headline": ("host_step", "rows"),
     "mobiletl_blocks": ("mobiletl_memory", "blocks"),
     "tinytrain_steps": ("tinytrain_cost", "times"),
+    "tinytrain_pairs": ("tinytrain_main", "pairs_far"),
+    "tinytrain_pairs_all": ("tinytrain_main", "pairs_all"),
+    "tinytrain_pairs_apart": ("tinytrain_apart", "pairs_far"),
+    "tinytrain_pairs_ablation": ("tinytrain_ablation", "pairs_far"),
+    "rl_navigation": ("rl_navigation", "summary"),
+    "rl_cheetah": ("rl_cheetah", "summary"),
 }
 """Sections that are not the `rows` of the file of their name: file and key."""
 
