@@ -405,7 +405,7 @@ def paced(note: str, net: str, params: dict[str, object], **more) -> Case:
 SOME = (1.0, 0.0, 0.5)
 LATER = (0.0, 1.0, 1.0, 0.0)
 STEPS: list[Case] = [
-    paced("rates", "mlp", {"0.*": (1.0, 0.5, 2.0), "5.*": (1.0,)}),
+    paced("rates", "mlp", {"0.*": (1.0, -0.25, 2.0), "5.*": (1.0,)}),
     paced("layers", "mobile", {"head.*": None, "block.0.weight": SOME, "stem.0.weight": LATER,
                                "block.3.weight": {"out": (0, 1, 9), "rates": (0.0, 1.0)}}),
     paced("layers", "conv", {"0.*": LATER, "2.*": SOME, "6.*": None}, optimizer=MOMENTUM,

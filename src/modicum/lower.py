@@ -1135,7 +1135,7 @@ class _Lowering:
         states = [Buf(f"{s}:{t.param}", "rw", rows=step) for s in self.optimizer.states]
         lr, o = self._learning_rate(t), self.optimizer
         if isinstance(o, Adam) and len(self.patterns) > 1:
-            done = tuple(running(int(rate > 0) for rate in t.rates))
+            done = tuple(running(int(rate != 0) for rate in t.rates))
             updates = Expr("{table}[inner] + beyond", ByStep("uint32_t", done))
             counted = (*o.betas, o.eps, updates, o.weight_decay)
             return Call("mo_adam_counted", (w, Buf(grad), *states, n, lr, *counted))

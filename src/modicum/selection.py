@@ -12,7 +12,7 @@ from modicum.graph import Frozen, Graph, Shape
 MOST_STEPS = 256
 """Inner steps whose step sizes may differ from the ones before."""
 
-Rate = Annotated[float, Field(ge=0.0, le=3.4e38)]  # a float of the C side
+Rate = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]  # a float of the C side
 Rates = Annotated[tuple[Rate, ...], Field(min_length=1, max_length=MOST_STEPS)]
 
 
@@ -54,8 +54,8 @@ class Update(Frozen):
     """One trained parameter: which slice, and its step size relative to the optimiser's.
 
     `rates` holds one factor per inner step, the last one repeated; 0 means "not in this step"
-    (p-Meta, Qu et al., KDD 2022).  An inner step is an update of the optimiser, counted from 0
-    where a task begins.
+    (p-Meta, Qu et al., KDD 2022), and learned step sizes may turn out negative.  An inner step is
+    an update of the optimiser, counted from 0 where a task begins.
     """
 
     param: str

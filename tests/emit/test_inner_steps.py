@@ -84,8 +84,8 @@ def test_make_check_finds_a_rate_that_is_not_the_plans(workshop: Workshop):
     folder = workshop.emit(build(RATES))
     source = folder / "model.c"
     text = source.read_text()
-    assert "= {1.0f, 0.5f, 2.0f};" in text
-    source.write_text(text.replace("= {1.0f, 0.5f, 2.0f};", "= {1.0f, 0.6f, 2.0f};"))
+    assert "= {1.0f, -0.25f, 2.0f};" in text
+    source.write_text(text.replace("= {1.0f, -0.25f, 2.0f};", "= {1.0f, -0.35f, 2.0f};"))
     done = workshop.make(folder, "host-fast", "check")
     assert done.returncode != 0
     assert "check: step 1, 0." in done.stderr

@@ -40,6 +40,8 @@ def learned(rule):
         for name in ("alpha", "rates"):
             if isinstance(p := getattr(learner, name, None), nn.Parameter):
                 p.mul_(0.5 + torch.rand_like(p))
+                if rule.kind == "maml++":
+                    p[0, 1].neg_()  # as it learns where less of a step is best
     if rule.kind == "p-meta":
         learner.allowed[0] = False
         learner.allowed[1, 1:] = False
