@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ def compare_rules(
         start = copy.deepcopy(net)
         prototypes = rule.kind == "protonet"
         learns = few_shot(start, max(2, int(ys.max()) + 1)) if prototypes else start
-        folder = Path(out) / label.replace("/", "-")
+        folder = Path(out) / re.sub(r"[^\w.+=-]+", "-", label)  # any system takes such a name
         if progress:
             print(f"{label}:", file=sys.stderr, flush=True)
         try:
