@@ -296,9 +296,11 @@ import torch
 from test_metatrain import DATA, HELD, SHORT, SHOWN, toy
 from modicum.meta import ProtoNet, metatrain
 torch.set_num_threads(1)
-for norms in ("frozen", "batch"):
-    config = SHORT.model_copy(update={{"rule": ProtoNet(norms=norms), "epochs": 2, "warmup": 0.5}})
-    net, out = toy(), os.path.join({out!r}, norms)
+for norms, tasks in (("frozen", 1), ("batch", 1), ("frozen", 2)):
+    config = SHORT.model_copy(
+        update={{"rule": ProtoNet(norms=norms), "epochs": 2, "warmup": 0.5, "tasks": tasks}}
+    )
+    net, out = toy(), os.path.join({out!r}, norms + (str(tasks) if tasks > 1 else ""))
     trace = metatrain(net, DATA, SHOWN, config, out=out, validation=HELD)
     torch.save((net.state_dict(), trace.model_dump()), out + "/rank" + os.environ["RANK"])
 """
@@ -306,7 +308,10 @@ for norms in ("frozen", "batch"):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """Folders frozen and batch, each with what came of it in rank0 and rank1."""
+    """Folders frozen, batch and frozen2, each with what came of it in rank0 and rank1.
+
+    In frozen2 each process takes two tasks an update.
+    """
     folder = tmp_path_factory.mktemp("two")
     script = folder / "two.py"
     script.write_text(TWO.format(here=str(Path(__file__).parent), out=str(folder)))
@@ -321,7 +326,7 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("norms", ["frozen", "batch"])
+@pytest.mark.parametrize("norms", ["frozen", "batch", "frozen2"])
 def test_all_processes_end_with_the_same_weights(two_processes, norms):
     first, second = (
         torch.load(two_processes / norms / f"rank{k}", weights_only=True) for k in (0, 1)
@@ -331,15 +336,18 @@ def test_all_processes_end_with_the_same_weights(two_processes, norms):
     assert not same(first[0], toy().state_dict())
 
 
-def test_two_processes_do_what_one_does_with_both_tasks_in_an_update(two_processes, tmp_path):
-    state, traced = torch.load(two_processes / "frozen" / "rank0", weights_only=True)
+@pytest.mark.parametrize(("folder", "tasks"), [("frozen", 1), ("frozen2", 2)])
+def test_two_processes_do_what_one_does_with_both_their_tasks_in_an_update(
+    two_processes, folder, tasks, tmp_path
+):
+    state, traced = torch.load(two_processes / folder / "rank0", weights_only=True)
     config = SHORT.model_copy(
         update={
             "rule": ProtoNet(),
             "epochs": 2,
             "warmup": 0.5,
             "episodes": 12,
-            "tasks": 2,
+            "tasks": 2 * tasks,
         }
     )
     net = toy()

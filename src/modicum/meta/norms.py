@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modicum.errors import UsageError
+from modicum.meta.batch_norm import batch_norm
 
 Norms = Literal["batch", "frozen", "per-step"]
 """The statistics by which batch norms normalise.
@@ -72,18 +74,27 @@ class MetaNorm(nn.Module):
             F.batch_norm(x.detach(), mean, var, None, None, True, self.momentum, self.eps)
         if self.setting == "frozen":
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-        if not self.together or weight is None or bias is None:
+        if weight is None or bias is None or x.numel() == x.shape[1]:
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        # apart, since PyTorch 2.13's second derivatives of batch_norm are wrong where vmap gives
-        # each task a weight of its own
-        y = F.batch_norm(x, None, None, None, None, True, 0.0, self.eps)
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        return y * weight.reshape(shape) + bias.reshape(shape)
+        if self.together:
+            # apart, since PyTorch 2.13's second derivatives of batch_norm are wrong where vmap
+            # gives each task a weight of its own
+            y = F.batch_norm(x, None, None, None, None, True, 0.0, self.eps)
+            shape = (1, -1, *[1] * (x.dim() - 2))
+            return y * weight.reshape(shape) + bias.reshape(shape)
+        if transformed(x):
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        return batch_norm(x, weight, bias, self.eps)
 
     def _now(self, value: Tensor | None) -> Tensor | None:
         if value is None or self.setting != "per-step":
             return value
         return value[min(self.step, len(value) - 1)]
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether x is inside of a transform of torch.func, such as vmap."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def with_norms(net: nn.Module, setting: Norms, steps: int) -> nn.Module:

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -249,14 +249,15 @@ class _Run:
                 drawn = tensors(
                     [self.source.draw(config.seed, n, train=True) for n in numbers], self.device
                 )
-                loss, outputs = self.wrapped(*drawn)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise InvalidInput(
-                        f"the loss is not finite in update {update}",
-                        hint="a smaller rate, of the outer or of the inner rule",
-                    )
-                (loss * (config.together / config.tasks)).backward()
+                with self.averaging(first + config.together == config.tasks):
+                    loss, outputs = self.wrapped(*drawn)
+                    value = float(loss.detach())
+                    if not math.isfinite(value):
+                        raise InvalidInput(
+                            f"the loss is not finite in update {update}",
+                            hint="a smaller rate, of the outer or of the inner rule",
+                        )
+                    (loss * (config.together / config.tasks)).backward()
                 losses.append(value)
                 scores.append(_score(loss, outputs, drawn[3]))
             if config.clip is not None:
@@ -266,6 +267,12 @@ class _Run:
             self.learner.after_update(*(part[-1] for part in drawn))
         loss_, score = self.mean([float(np.mean(losses)), float(np.mean(scores))])
         return {"epoch": epoch, "loss": loss_, **({"accuracy": score} if self.labels else {})}
+
+    def averaging(self, now: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged over all processes once for each update, in its last pass."""
+        if now or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return self.wrapped.no_sync()
 
     def validate(self) -> float:
         assert self.validation is not None
