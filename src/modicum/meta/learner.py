@@ -67,14 +67,18 @@ class GradientLearner(Learner):
     """A learner whose inner rule takes steps from the parameters of a net.
 
     `net` is a copy with norms of a setting; `steps` inner steps in meta-training and `judged` when
-    a task is judged.
+    a task is judged.  Over the first `multi_step` share of the training the outer loss is taken
+    after every inner step (MAML++).
     """
 
-    def __init__(self, net: nn.Module, norms: Norms, steps: int, judged: int) -> None:
+    def __init__(
+        self, net: nn.Module, norms: Norms, steps: int, judged: int, multi_step: float = 0.0
+    ) -> None:
         super().__init__()
         self.net = with_norms(net, norms, steps)
         self.plain = (copy.deepcopy(net),)  # its structure; no submodule
         self.steps, self.judged, self.norms = steps, judged, norms
+        self.multi_step = multi_step
         convolutions = (m for m in self.net.modules() if isinstance(m, nn.Conv2d))
         self.grouped = any(m.groups > 1 for m in convolutions)
 
@@ -99,11 +103,26 @@ class GradientLearner(Learner):
         """The parameters after inner step k from `params`, on inputs (n, ...) under any loss."""
         raise NotImplementedError
 
+    def importance(self) -> list[float]:
+        """v_k of the outer loss sum_k v_k L(w_k; query), for k = 1 .. K; they add up to 1."""
+        steps = self.steps
+        done = min(1.0, self.progress / self.multi_step) if self.multi_step else 1.0
+        least = 0.03 / steps if done < 1 else 0.0
+        early = max((1 - done) / steps, least)
+        return [early] * (steps - 1) + [1 - early * (steps - 1)]
+
     def task(self, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> tuple[Tensor, Tensor]:
-        steps = self.steps if self.training else self.judged
-        params = self.adapt(xs, ys, steps)[-1] if steps else own_params(self.net)
-        out = output(self.net, params, xq, steps)
-        return loss_of(out, yq), out
+        if not self.training:
+            params = self.adapt(xs, ys, self.judged)[-1] if self.judged else own_params(self.net)
+            out = output(self.net, params, xq, self.judged)
+            return loss_of(out, yq), out
+        losses = []
+        after_each = self.adapt(xs, ys, self.steps)
+        for k, (share, params) in enumerate(zip(self.importance(), after_each, strict=True), 1):
+            if share:
+                out = output(self.net, params, xq, k)
+                losses.append(share * loss_of(out, yq))
+        return torch.stack(losses).sum(), out
 
     def forward(self, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> tuple[Tensor, Tensor]:
         for norm in norms_of(self.net):

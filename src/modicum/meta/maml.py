@@ -53,9 +53,9 @@ class MAML(Rule):
 
 
 class MAMLLearner(GradientLearner):
-    def __init__(self, rule: MAML, net: nn.Module) -> None:
+    def __init__(self, rule: MAML, net: nn.Module, multi_step: float = 0.0) -> None:
         judged = rule.steps if rule.judged is None else rule.judged
-        super().__init__(net, rule.norms, rule.steps, judged)
+        super().__init__(net, rule.norms, rule.steps, judged, multi_step)
         self.rule, self._moved = rule, rule.moving(self.net)
 
     @property

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from modicum.meta.inner import layers_of, loss_of, output
+from modicum.meta.inner import layers_of
 from modicum.meta.maml import MAML, MAMLLearner
 from modicum.meta.norms import Norms
 
@@ -39,7 +38,7 @@ class MAMLPPLearner(MAMLLearner):
     rule: MAMLPP
 
     def __init__(self, rule: MAMLPP, net: nn.Module) -> None:
-        super().__init__(rule, net)
+        super().__init__(rule, net, rule.multi_step)
         moved = [names for names in layers_of(self.net).values() if self.moved & set(names)]
         self.layer = {name: i for i, names in enumerate(moved) for name in names}
         like = next(self.net.parameters())
@@ -56,23 +55,3 @@ class MAMLPPLearner(MAMLLearner):
             finally:
                 self.rule = own
         return super().adapt(xs, ys, steps)
-
-    def importance(self) -> list[float]:
-        """v_k for k = 1 .. K; they add up to 1."""
-        steps = self.steps
-        done = min(1.0, self.progress / self.rule.multi_step) if self.rule.multi_step else 1.0
-        least = 0.03 / steps if done < 1 else 0.0
-        early = max((1 - done) / steps, least)
-        return [early] * (steps - 1) + [1 - early * (steps - 1)]
-
-    def task(self, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.training:
-            return super().task(xs, ys, xq, yq)
-        shares = self.importance()
-        losses: list[Any] = []
-        for k, params in enumerate(self.adapt(xs, ys, self.steps), 1):
-            if shares[k - 1] == 0:
-                continue
-            out = output(self.net, params, xq, k)
-            losses.append(shares[k - 1] * loss_of(out, yq))
-        return torch.stack(losses).sum(), out

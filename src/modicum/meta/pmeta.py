@@ -10,16 +10,16 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.func import grad
 
 from modicum.errors import UsageError
 from modicum.heads import last_linear
 from modicum.lower import Loss as LossName
 from modicum.meta.attention import Branch, ChannelAttention, clip, magnitudes, most_kept
-from modicum.meta.inner import Loss, Params, loss_of, output, own_params
+from modicum.meta.inner import Loss, Params, differentiate, loss_of, output, own_params
 from modicum.meta.learner import GradientLearner
 from modicum.meta.maml import MAML
 from modicum.meta.memory import StepMemory
+from modicum.meta.norms import transformed
 from modicum.selection import Slice
 from modicum.units import Size, parse_size
 
@@ -39,6 +39,8 @@ class PMeta(MAML):
       which the largest are kept until their sum exceeds `rho` (`clip`).  `channels` names the
       sides: "both", "fw", "bw" or "none".  In meta-training the dense gradient is computed and
       masked, so that both branches learn; on a device only what is kept is stored and computed.
+    - over the first `multi_step` share of the training the outer loss is taken after every inner
+      step, as in MAML++.
 
     Choices of ours, where no published text says more: scores come from mean magnitudes over the
     batch and the pixels; gates have the mean 1 over what is kept; a bias has its layer's alpha and
@@ -53,6 +55,7 @@ class PMeta(MAML):
     channels: Literal["both", "fw", "bw", "none"] = "both"
     ram: Size | None = None
     share: Share = 0.3
+    multi_step: Annotated[float, Field(ge=0, le=1)] = 0.0
     prune_from: Annotated[float, Field(ge=0, le=1)] = 0.2
     prune_to: Annotated[float, Field(ge=0, le=1)] = 0.6
     pruning: Literal["score", "random", "last"] = "score"
@@ -79,7 +82,7 @@ class PMetaLearner(GradientLearner):
 
     def __init__(self, rule: PMeta, net: nn.Module) -> None:
         judged = rule.steps if rule.judged is None else rule.judged
-        super().__init__(net, rule.norms, rule.steps, judged)
+        super().__init__(net, rule.norms, rule.steps, judged, rule.multi_step)
         self.rule = rule
         kinds = (nn.Conv2d, nn.Linear)
         self.layers = [n for n, m in self.net.named_modules() if isinstance(m, kinds)]
@@ -133,18 +136,17 @@ class PMetaLearner(GradientLearner):
         watched = [a for a in active if self._of(a) is not None]
         zeros = {a: x.new_zeros(shapes[a]) for a in watched}
 
-        def value(part: Params, added: Params) -> tuple[Tensor, Params]:
-            with _watching(self.net, added) as seen:
+        def value(at: Params) -> tuple[Tensor, Params]:
+            part = {name: at[name] for name in now}
+            with _watching(self.net, {a: at[_added(a)] for a in watched}) as seen:
                 out = output(self.net, {**still, **part}, x, k)
             return loss(out, {**still, **part}), seen
 
         second = self.rule.order == "second" and self.training
-        start = now if second else {n: w.detach() for n, w in now.items()}
-        (gradients, dys), pooled = grad(value, argnums=(0, 1), has_aux=True)(start, zeros)
-        if not second:
-            gradients, dys, pooled = (
-                {n: t.detach() for n, t in part.items()} for part in (gradients, dys, pooled)
-            )
+        inside = any(map(transformed, (x, *params.values())))
+        here = {**now, **{_added(a): zero for a, zero in zeros.items()}}
+        gradients, pooled = differentiate(value, here, second, inside)
+        dys = {a: gradients[_added(a)] for a in watched}
         moved = dict(params)
         for i, name in enumerate(self.layers):
             if name not in active:
@@ -282,6 +284,11 @@ class PMetaLearner(GradientLearner):
         """The layers that step k updates."""
         flags = self.allowed[:, k].tolist()
         return frozenset(n for n, flag in zip(self.layers, flags, strict=True) if flag)
+
+
+def _added(layer: str) -> str:
+    """The name of what is added to the output of a layer: that of no parameter."""
+    return f"{layer} output"
 
 
 def _first(branch: Branch | None, rho: float) -> tuple[int, ...] | None:
