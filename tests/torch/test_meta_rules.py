@@ -388,6 +388,26 @@ def test_both_branches_receive_gradient():
     assert sides == {"fw", "bw"}
 
 
+def test_what_the_branches_have_learned_matters(tmp_path):
+    """With the scores of their channels shuffled the same net learns sines worse."""
+    net = SineNet()
+    rule = PMeta(steps=5, rate=0.01, share=1.0)
+    config = MetaTrain(rule=rule, epochs=2, episodes=2500, tasks=25, together=25, rate=2e-3)
+    metatrain(net, Sines(), None, config, out=tmp_path)
+    _, learner = load_learner(net, tmp_path / "learner.pt")
+    error = np.mean(judge(learner, Sines(queries=50), 100))
+    kept = {name: value.clone() for name, value in learner.state_dict().items()}
+    for seed in range(3):
+        learner.load_state_dict(kept)
+        drawn = torch.Generator().manual_seed(seed)
+        for branch in (b for a in learner.attention.values() for b in (a.fw, a.bw) if b):
+            order = torch.randperm(len(branch.up.bias), generator=drawn)
+            with torch.no_grad():
+                branch.up.weight.copy_(branch.up.weight[order])
+                branch.up.bias.copy_(branch.up.bias[order])
+        assert np.mean(judge(learner, Sines(queries=50), 100)) > 1.1 * error
+
+
 # ---- learning, files, bad input ------------------------------------------------------------------
 
 
