@@ -140,6 +140,7 @@ def passes_of_samples(
     x, y = _tensors(plan, data)
     rng = np.random.default_rng(seed)
     order = [int(i) for _ in range(epochs) for i in rng.permutation(len(x))]
+    plan.check_updates(len(order))
 
     def each() -> Iterator[tuple[Tensor, Tensor, int, bool]]:
         done = 0
@@ -195,19 +196,40 @@ def _train(tuned: Tuned, passes: Passes, schedule: Schedule) -> Iterator[tuple[l
     optimizer.zero_grad(set_to_none=True)
     tuned.train()
     samples = updates = 0
-    for x, y, by, last in passes.each():
-        start = time.perf_counter()
+
+    def learn(x: Tensor, y: Tensor, by: int) -> Tensor:
         losses = sample_losses(plan, tuned(x.to(device)), y.to(device))
         if not bool(torch.isfinite(losses).all()):
             raise Diverged(
                 f"the loss is not finite at step {samples}", hint="a smaller learning rate"
             )
         (losses.sum() / by).backward()
-        if last:
-            update(optimizer, tuned, rate_factor(schedule, updates, passes.updates))
-            updates += 1
-        samples += len(x)
-        yield losses.tolist(), time.perf_counter() - start
+        return losses
+
+    for together in _by_update(passes) if plan.attends else ([one] for one in passes.each()):
+        start = time.perf_counter()
+        if tuned.attends and len(together) > 1:
+            with tuned.look():
+                for x, y, by, _ in together:
+                    learn(x, y, by)
+        for x, y, by, last in together:
+            losses = learn(x, y, by)
+            if last:
+                update(optimizer, tuned, rate_factor(schedule, updates, passes.updates))
+                updates += 1
+            samples += len(x)
+            yield losses.tolist(), time.perf_counter() - start
+            start = time.perf_counter()
+
+
+def _by_update(passes: Passes) -> Iterator[list[tuple[Tensor, Tensor, int, bool]]]:
+    """The passes that an update follows, together."""
+    together = []
+    for one in passes.each():
+        together.append(one)
+        if one[3]:
+            yield together
+            together = []
 
 
 def rate_factor(schedule: Schedule, update: int, updates: int) -> float:
@@ -247,6 +269,7 @@ def update(optimizer: torch.optim.Optimizer, tuned: Tuned, factor: float = 1.0) 
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tuned.inner_step += 1
+    tuned.forget()
 
 
 def evaluate(tuned: Tuned, held: Held) -> tuple[Any, Any]:

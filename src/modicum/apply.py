@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,10 +18,15 @@ from modicum.graph import Graph, Node
 from modicum.heads import class_means
 from modicum.lower import Program
 from modicum.ops import OPS
-from modicum.ops.base import Kept, Wanted
+from modicum.ops.attention import SIDES, chosen, gated, gates, magnitudes, spread
+from modicum.ops.base import Kept, Op, Wanted
+from modicum.ops.conv2d import inputs_of
 from modicum.plan import Plan
 from modicum.selection import Slice
 from modicum.state import cut, materialise
+
+Gates = tuple[Tensor | None, Tensor | None]
+"""Of the input and of the output channels of a layer, 0 where one is left out."""
 
 
 def apply(model: nn.Module, plan: Plan) -> Tuned:
@@ -42,6 +48,11 @@ class Tuned(nn.Module):
     Where the plan's step sizes differ by inner step, `inner_step` says what the next forward pass
     is of: 0 at first, to be raised by one after each update.  Parameters whose step size is 0 in
     it get no gradient, and nothing is kept for them.
+
+    Layers with channel attention choose in each pass, by the samples that pass together, which of
+    their channels are kept and get a gradient; that of the others is 0.  `gates` has the choice of
+    the last pass, by layer.  Where the samples of an update do not pass together, they pass twice,
+    first in ``with tuned.look():``, as on a board.
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
@@ -51,7 +62,11 @@ class Tuned(nn.Module):
         graph = self._graph = plan.program.graph
         self.nodes = graph.nodes
         self._release = _last_uses(graph)
+        self.gates: dict[str, Gates] = {}
+        self._held: dict[str, Gates] = {}  # what `look` chose
+        self._seen: dict[str, _Seen] | None = None  # while it looks
         self._ways = tuple(_Way.of(program) for program in plan.programs)
+        self._looks = tuple(None if p is None else _Way.of(p) for p in plan.looks)
         # what takes part in the backward pass of some inner step
         self._moving = frozenset(name for way in self._ways for name in way.wanting)
         self._boundary = _boundary(graph, self._moving)
@@ -80,7 +95,9 @@ class Tuned(nn.Module):
         return {**self.trained, **statistics}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._value(self._entering(x, self._way.boundary), self.nodes, self._graph.output)
+        y = self._value(self._entering(x, self._way.boundary), self.nodes, self._graph.output)
+        # a pass that only looks at inputs asks for no gradient, and a loop calls backward() anyway
+        return y if self._seen is None or y.requires_grad else y.requires_grad_()
 
     def features(self, x: Tensor) -> Tensor:
         """What the last layer sees: (n, ...) -> (n, features)."""
@@ -141,8 +158,38 @@ class Tuned(nn.Module):
         return {source: x.contiguous() if source in boundary else x}
 
     @property
+    def attends(self) -> bool:
+        """Whether attention chooses channels in the inner step that is next."""
+        return self._looks[self.plan.pattern_of(self.inner_step)] is not None
+
+    @contextmanager
+    def look(self) -> Iterator[None]:
+        """For passes, forward and backward, that give no gradients but choose channels.
+
+        The choice holds for all passes until `forget`, which `adapt.update` calls.
+        """
+        self.forget()
+        if not self.attends:
+            raise UsageError("no attention chooses channels in this inner step")
+        self._seen = {}
+        try:
+            yield
+            for node in self.nodes:
+                if looks := self._way.program.wanted[node.name].looks:
+                    seen = self._seen.get(node.name, _Seen())
+                    self._held[node.name] = seen.gates(node, self._params(node, {}), looks)
+        finally:
+            self._seen = None
+
+    def forget(self) -> None:
+        """From here on each pass chooses for itself."""
+        self._held = {}
+
+    @property
     def _way(self) -> _Way:
-        return self._ways[self.plan.pattern_of(self.inner_step)]
+        pattern = self.plan.pattern_of(self.inner_step)
+        look = self._looks[pattern]
+        return look if look is not None and self._seen is not None else self._ways[pattern]
 
     def _value(self, values: dict[str, Tensor], nodes: Sequence[Node], wanted: str) -> Tensor:
         way = self._way
@@ -167,11 +214,13 @@ class Tuned(nn.Module):
     def _run(self, way: _Way, node: Node, inputs: list[Tensor]) -> Tensor:
         op = OPS[node.op]
         wanted = way.program.wanted[node.name]
+        if "fw" in wanted.looks and self._seen is not None:
+            self._seen.setdefault(node.name, _Seen()).add("fw", inputs[0])
         if not wanted.any:
             with torch.no_grad():
                 params = self._params(node, {})
                 if op.states and self.training:
-                    return op.forward_saving(node, inputs, params)[0]
+                    return op.forward_saving(node, inputs, self._still(op, params))[0]
                 if node.name in way.in_place:
                     return torch.clamp_(inputs[0], node.attrs["lo"], node.attrs["hi"])
                 return op.forward(node, inputs, params)
@@ -180,9 +229,20 @@ class Tuned(nn.Module):
         if op.states and not self.training:  # an affine map by the running statistics
             slots = {role: self._slots[_slot(node.params[role])] for role in wanted.params}
             return op.forward(node, inputs, self._params(node, slots))
+        if wanted.looks:  # the weight is passed for its sake: the gradient has to come by
+            weight = self._slots[_slot(node.params["weight"])]
+            return cast(Tensor, _Look.apply(self, wanted, node, inputs[0], weight))
         trained = {role: self._slots[_slot(node.params[role])] for role in wanted.params}
+        if gated(node, wanted):
+            return cast(Tensor, _Gated.apply(self, wanted, node, inputs[0], *trained.values()))
         y = _Step.apply(self, way.program, node, len(inputs), *inputs, *trained.values())
         return cast(Tensor, y)
+
+    def _still(self, op: Op, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """While it looks, norms do not follow the samples: they pass again."""
+        if self._seen is None:
+            return params
+        return {role: p.clone() if role in op.states else p for role, p in params.items()}
 
     def _params(self, node: Node, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The node's whole parameters; a trained slice is laid over its frozen rest."""
@@ -248,7 +308,7 @@ class _Step(torch.autograd.Function):
         op = OPS[node.op]
         aux = None
         if any(k.kind in ("code", "stats") for k in program.kept[node.name]):
-            y, aux = op.forward_saving(node, inputs, params)
+            y, aux = op.forward_saving(node, inputs, tuned._still(op, params))
         else:
             y = op.forward(node, inputs, params)
         kept = [_keep(k, node, inputs, y, aux) for k in program.kept[node.name]]
@@ -271,6 +331,91 @@ class _Step(torch.autograd.Function):
         params = tuned._params(node, trained)
         dx, grads = OPS[node.op].backward(node, dy, kept, params, wanted, ctx.shapes)
         return (None, None, None, None, *dx, *(grads[role] for role in wanted.params))
+
+
+class _Gated(torch.autograd.Function):
+    """A layer of which attention chooses the input channels that are kept, and of the gradients of
+    weight and bias the entries that are computed.  The others are 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tuned: Tuned, wanted: Wanted, node: Node, x: Tensor, *trained: Tensor
+    ) -> Tensor:
+        params = tuned._params(node, dict(zip(wanted.params, trained, strict=True)))
+        held = tuned._held.get(node.name)
+        ctx.fw = held[0] if held else gates(node, params, "fw", magnitudes(x))
+        ctx.inp = chosen(ctx.fw)
+        kept = x if ctx.inp is None else x[:, list(ctx.inp)]
+        ctx.save_for_backward(kept, *trained)
+        ctx.tuned, ctx.wanted, ctx.node, ctx.shape = tuned, wanted, node, tuple(x.shape)
+        return OPS[node.op].forward(node, [x], params)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        node, tuned, wanted = ctx.node, ctx.tuned, ctx.wanted
+        x, *trained = ctx.saved_tensors
+        params = tuned._params(node, dict(zip(wanted.params, trained, strict=True)))
+        held = tuned._held.get(node.name)
+        bw = held[1] if held else gates(node, params, "bw", magnitudes(dy))
+        part = Slice(out=chosen(bw), inp=ctx.inp)
+        parts = {role: part if role == "weight" else Slice(out=part.out) for role in wanted.params}
+        if node.attrs.get("groups", 1) > 1:  # of the groups that have a chosen channel
+            x = x[:, list(inputs_of(node, params["weight"].shape, part))]
+        compact = Wanted(wanted.dx, parts)
+        dx, grads = OPS[node.op].backward(node, dy, [x], params, compact, [ctx.shape])
+        tuned.gates[node.name] = (ctx.fw, bw)
+        whole = (spread(grads[r], params[r], parts[r], ctx.fw, bw) for r in wanted.params)
+        return (None, None, None, *dx, *whole)
+
+
+class _Look(torch.autograd.Function):
+    """A layer whose attention sees the gradient of its output; it learns nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tuned: Tuned, wanted: Wanted, node: Node, x: Tensor, weight: Tensor
+    ) -> Tensor:
+        ctx.tuned, ctx.wanted, ctx.node, ctx.shape = tuned, wanted, node, tuple(x.shape)
+        return OPS[node.op].forward(node, [x], tuned._params(node, {}))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        node, tuned, wanted = ctx.node, ctx.tuned, ctx.wanted
+        if "bw" in wanted.looks and tuned._seen is not None:
+            tuned._seen.setdefault(node.name, _Seen()).add("bw", dy)
+        none, dx = Wanted(wanted.dx), [None]
+        if any(wanted.dx):
+            dx, _ = OPS[node.op].backward(node, dy, [], tuned._params(node, {}), none, [ctx.shape])
+        return (None, None, None, *dx, None)
+
+
+class _Seen:
+    """Magnitudes of the input channels of a layer, and of those of the gradient of its output."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.samples = dict.fromkeys(SIDES, 0)
+
+    def add(self, side: str, x: Tensor) -> None:
+        more = len(x) * magnitudes(x.detach())
+        self.sums[side] = self.sums[side] + more if side in self.sums else more
+        self.samples[side] += len(x)
+
+    def gates(self, node: Node, params: Mapping[str, Tensor], looks: tuple[str, ...]) -> Gates:
+        if not all(side in self.sums for side in looks):
+            raise UsageError(
+                f"nothing passed {node.name!r} while it looked",
+                hint="a forward and a backward pass of the samples, inside look()",
+            )
+        fw, bw = (
+            gates(node, params, side, self.sums[side] / self.samples[side])
+            if side in looks
+            else None
+            for side in SIDES
+        )
+        return fw, bw
 
 
 def _keep(k: Kept, node: Node, inputs: Sequence[Tensor], y: Tensor, aux: Tensor | None) -> Tensor:

@@ -7,12 +7,13 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import InvalidInput, UnsupportedOperator, UsageError
 from modicum.graph import Graph, Node, Param, Shape, Value
 from modicum.ops import OPS
+from modicum.ops.attention import SIDES, roles_of
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +97,7 @@ class _Reader:
         self.alias: dict[str, str] = {}  # fx name -> value name
         self.pads: dict[str, tuple[str, tuple[int, int, int, int]]] = {}
         self.standardised: dict[str, tuple[Any, float]] = {}  # fx name -> weight, eps
+        self.attended: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # roles, attributes
         self.state_names: dict[str, str] = {}  # fx placeholder -> state dict key
         self.problems: list[str] = []
 
@@ -169,6 +171,10 @@ class _Reader:
                 why = "a layer norm of a parameter that is not a convolution's weight"
             raise _Unsupported(why)
         return name
+
+    def branches(self, fx: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The roles and attributes of the attention of the layer that is passed this."""
+        return self.attended.get(getattr(fx, "name", ""), ({}, {}))
 
     def shape(self, fx: Any) -> Shape:
         return self.values[self.value(fx)].shape
@@ -266,7 +272,8 @@ def _conv2d(r: _Reader, fx: Any) -> None:
     )  # fmt: skip
     kernel = tuple(weight.meta["val"].shape)[2:]
     weight, eps = r.standardised.get(getattr(weight, "name", ""), (weight, 0.0))
-    more: dict[str, Any] = {"standardise": eps} if eps else {}
+    branches, rho = r.branches(x)
+    more: dict[str, Any] = {**rho, **({"standardise": eps} if eps else {})}
     dilation = _pair(dilation)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -286,13 +293,14 @@ def _conv2d(r: _Reader, fx: Any) -> None:
         fx,
         "conv2d",
         [source],
-        {"weight": weight, "bias": bias},
+        {"weight": weight, "bias": bias, **branches},
         stride=_pair(stride),
         padding=pads,
         dilation=dilation,
         groups=int(groups),
         **more,
     )
+    _freeze(r, branches)
 
 
 def _convolution(r: _Reader, fx: Any) -> None:
@@ -329,13 +337,36 @@ def _cosine(r: _Reader, fx: Any) -> None:
     x, prototypes, scale, bias = fx.args
     roles = {"prototypes": prototypes, "scale": scale, "bias": bias}
     r.add(fx, "cosine", [r.value(x)], roles)
-    for key in r.nodes[-1].params.values():  # a pass over the support set renews the prototypes
+    _freeze(r, roles)  # a pass over the support set renews the prototypes
+
+
+def _freeze(r: _Reader, roles: Iterable[str]) -> None:
+    """Parameters of the last node that no plan trains."""
+    for role in roles:
+        key = r.nodes[-1].params[role]
         r.params[key] = r.params[key].model_copy(update={"trainable": False})
+
+
+def _attend(r: _Reader, fx: Any) -> None:
+    """What a layer is passed that has attention: remembered for that layer."""
+    x, fw, bw, rho = fx.args
+    branches: dict[str, Any] = {}
+    for side, tensors in zip(SIDES, (fw, bw), strict=True):
+        if tensors:
+            branches.update(zip(roles_of(side), tensors, strict=True))
+    r.attended[fx.name] = (branches, {"rho": float(rho)})
+    source = getattr(x, "name", "")
+    if source in r.pads:
+        r.pads[fx.name] = r.pads[source]
+    else:
+        r.alias[fx.name] = r.value(x)
 
 
 def _linear(r: _Reader, fx: Any) -> None:
     x, weight, bias = _args(fx, ("input", None), ("weight", None), ("bias", None))
-    r.add(fx, "linear", [r.value(x)], {"weight": weight, "bias": bias})
+    branches, more = r.branches(x)
+    r.add(fx, "linear", [r.value(x)], {"weight": weight, "bias": bias, **branches}, **more)
+    _freeze(r, branches)
 
 
 def _batch_norm(r: _Reader, fx: Any) -> None:
@@ -524,6 +555,7 @@ READERS: dict[str, Reader] = {
     "pad": _general_pad,
     "linear": _linear,
     "cosine_logits": _cosine,
+    "attend": _attend,
     "batch_norm": _batch_norm,
     "_native_batch_norm_legit_no_training": _batch_norm,
     "group_norm": _group_norm,

@@ -41,6 +41,8 @@ KERNEL_CODE = {
         "mo_group_norm_dgamma": 192,
         "mo_norm_dgamma_start": 156,
     },
+    **{"mo_magnitudes": 84, "mo_gates": 1100, "mo_gather_gated": 240, "mo_gated_dw": 4140},
+    **{"mo_gated_bias_grad": 252, "mo_gated_step": 480},
     **{"mo_cosine_forward": 212, "mo_cosine_dx": 368, "mo_prototype_add": 144, "mo_fisher": 132},
     **{"mo_norm_dw_rows": 132, "mo_norm_dw_channels": 128},
     **{"mo_standardise": 224, "mo_standardise_dw": 296},
@@ -80,7 +82,8 @@ class StepCost(Frozen):
     """One inner step: its pattern (an index), the layers that it trains, and what it needs.
 
     saved: bytes kept from the forward to the backward pass; dynamic: the arena without what is
-    persistent.  The last step of a plan stands for all later ones.
+    persistent; macs_look: of the pass before it in which channels are chosen, forward and backward.
+    The last step of a plan stands for all later ones.
     """
 
     step: int
@@ -89,6 +92,7 @@ class StepCost(Frozen):
     saved: int
     dynamic: int
     macs_backward: int
+    macs_look: int = 0
 
 
 class Cost(Frozen):
@@ -100,7 +104,8 @@ class Cost(Frozen):
     bytes live at once; arena: what was placed, persistent part (trained weights, optimiser
     state, accumulated gradients) included; static: .data and .bss beside the arena; ram: arena +
     static + stack.  saved: bytes kept from the forward to the backward pass.  flash: frozen
-    weights, initial values of the trained ones, and an estimate of the code.
+    weights, initial values of the trained ones, and an estimate of the code.  macs_look: of the
+    pass before a step in which attention chooses channels; the others are of the step itself.
     """
 
     floor: int
@@ -123,6 +128,7 @@ class Cost(Frozen):
     macs_backward: int
     others_forward: int
     others_backward: int
+    macs_look: int = 0
 
     @property
     def flops_forward(self) -> int:
@@ -138,9 +144,17 @@ def cost(program: Program, placement: Placement, board: Board | None) -> Cost:
     return worst_cost([(program, placement)], board)
 
 
-def worst_cost(placed: Sequence[tuple[Program, Placement]], board: Board | None) -> Cost:
-    """Of the programs of one plan together: each figure is that of the program with the most."""
-    programs, placements = [p for p, _ in placed], [at for _, at in placed]
+def worst_cost(
+    placed: Sequence[tuple[Program, Placement]],
+    board: Board | None,
+    looking: Sequence[tuple[Program, Placement] | None] = (),
+) -> Cost:
+    """Of the programs of one plan together: each figure is that of the program with the most.
+
+    `looking` are the programs of the first passes of those in which channels are chosen.
+    """
+    first = [look for look in looking if look]
+    programs, placements = [p for p, _ in placed], [at for _, at in (*placed, *first)]
     program, arena = programs[0], max(at.arena for at in placements)
     inference = lower_inference(program.graph)
     by_kind = {kind: 0 for kind in ("weight", "optimizer", "accumulator")}
@@ -150,7 +164,7 @@ def worst_cost(placed: Sequence[tuple[Program, Placement]], board: Board | None)
     linux = board is not None and board.kind == "linux"
     static = static_bytes(program, arena)
     stack = LINUX_STACK if linux else MCU_STACK
-    weights, code = flash(*programs)
+    weights, code = flash(*programs, *(p for p, _ in first))
     trained = sum(t.size for t in program.trained)
     return Cost(
         floor=lower_bound(inference),
@@ -173,6 +187,7 @@ def worst_cost(placed: Sequence[tuple[Program, Placement]], board: Board | None)
         macs_backward=max(map(_macs_backward, programs)),
         others_forward=max(sum(m.others[0] for m in p.macs.values()) for p in programs),
         others_backward=max(sum(m.others[1] for m in p.macs.values()) for p in programs),
+        macs_look=max((_macs(p) for p, _ in first), default=0),
     )
 
 
@@ -180,10 +195,18 @@ def _macs_backward(program: Program) -> int:
     return sum(m.dx + m.dw for m in program.macs.values())
 
 
-def step_costs(placed: Sequence[tuple[Program, Placement]]) -> tuple[StepCost, ...]:
+def _macs(program: Program) -> int:
+    return sum(m.forward for m in program.macs.values()) + _macs_backward(program)
+
+
+def step_costs(
+    placed: Sequence[tuple[Program, Placement]],
+    looking: Sequence[tuple[Program, Placement] | None],
+) -> tuple[StepCost, ...]:
     """One row per inner step, from the programs of a plan."""
     rows = {}
-    for pattern, (program, at) in enumerate(placed):
+    for pattern, ((program, at), look) in enumerate(zip(placed, looking, strict=True)):
+        both = [(program, at), *([look] if look else [])]
         trains = tuple(n.name for n in program.graph.nodes if program.wanted[n.name].params)
         for step in program.inner:
             rows[step] = StepCost(
@@ -191,8 +214,9 @@ def step_costs(placed: Sequence[tuple[Program, Placement]]) -> tuple[StepCost, .
                 pattern=pattern,
                 trains=trains,
                 saved=program.saved_bytes,
-                dynamic=at.arena - persistent_bytes(program, at.offsets),
+                dynamic=max(to.arena - persistent_bytes(p, to.offsets) for p, to in both),
                 macs_backward=_macs_backward(program),
+                macs_look=_macs(look[0]) if look else 0,
             )
     return tuple(rows[step] for step in sorted(rows))
 

@@ -15,7 +15,7 @@ from modicum.errors import InvalidInput
 
 Array = NDArray[np.float32]
 
-PREDICT, TRAIN, EXPORT, IMPORT, CLEAR, ADD, SELECT, CLEAR_STEPS = range(8)
+PREDICT, TRAIN, EXPORT, IMPORT, CLEAR, ADD, SELECT, CLEAR_STEPS, ATTEND = range(9)
 PARAMETERS, PAINT, MICROSECONDS = 1, 2, 256
 JOB, TRACE, END = b"MOJB", b"MOTR", b"MOND"
 
@@ -62,6 +62,11 @@ class Job:
     def train(self, x: Array, label: int = 0, target: Array | None = None) -> None:
         none = np.zeros(self.targets, np.float32)
         self._sample(TRAIN, label, x, none if target is None else target)
+
+    def attend(self, x: Array, label: int = 0, target: Array | None = None) -> None:
+        """A sample of the next update, by which attention chooses channels."""
+        none = np.zeros(self.targets, np.float32)
+        self._sample(ATTEND, label, x, none if target is None else target)
 
     def clear_prototypes(self) -> None:
         self.parts.append(_words(CLEAR, 0))

@@ -7,6 +7,7 @@ node only if something at or before it is trained, and stops at the deepest trai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from modicum.errors import UsageError
 from modicum.graph import Derived, Graph, Node, Param, Value
-from modicum.ops import OPS
+from modicum.ops import OPS, attention
 from modicum.ops.base import (
     Arg,
     BackwardArgs,
@@ -133,6 +134,9 @@ class Program:
 
     A plan has one program for all `inner` steps that update the same slices.  Those of `trained`
     that other steps update lie in RAM all the same, and are read from there.
+
+    Where layers have channel attention, a step passes its samples twice.  The program of the first
+    pass, which `looks`, adds up the magnitudes by which channels are chosen and learns nothing.
     """
 
     graph: Graph
@@ -151,6 +155,12 @@ class Program:
     output_buffer: str
     refresh: Call | None = None  # adds the sample that passed to the prototypes
     inner: tuple[int, ...] = (0,)
+    looks: bool = False
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention chooses channels of what is updated."""
+        return any(attention.gated(n, self.wanted[n.name]) for n in self.graph.nodes)
 
     @property
     def updated(self) -> tuple[Trained, ...]:
@@ -211,13 +221,15 @@ def lower(
     accumulate: int = 1,
     order: Order = "dx-first",
     step: int = 0,
+    look: bool = False,
 ) -> Program:
     """Lower one training step.
 
     `accumulate` gradients are accumulated before an update.  `order` says which of a layer's two
     gradients comes first when its weight is updated at once; the plan tries both.  The program is
-    that of the inner step `step`, and of all that update the same.  Raises UsageError when the
-    selection does not fit the graph.
+    that of the inner step `step`, and of all that update the same; with `look` that of their first
+    pass, where layers have channel attention.  Raises UsageError when the selection does not fit
+    the graph.
     """
     check_selection(graph, selection)
     _check_modes(graph, selection)
@@ -230,10 +242,11 @@ def lower(
     prepared = prepare(graph, selection)
     updates = updates_of(selection)
     _refuse_what_is_not_there_yet(prepared, updates)
-    wanted = wanted_gradients(prepared, updates, step)
+    _check_attention(prepared, updates, optimizer)
+    wanted = wanted_gradients(prepared, updates, step, look)
     kept = choose_saved(prepared, wanted)
     low = _Lowering(prepared, selection, step, wanted, kept, optimizer, loss, accumulate, order)
-    return low.program()
+    return low.program(looks=look)
 
 
 def lower_inference(graph: Graph) -> Program:
@@ -293,7 +306,8 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
     its weight where the selection trains neither, one `norm_conv2d` where the weight is trained
     whole, and in every step that trains the norm's scale.  One that stays gets its missing scale
     and shift, and its 1 / sqrt(var + eps), as constants.  A frozen standardised weight becomes a
-    constant; its convolution is not joined with a norm.  Norms with batch statistics become
+    constant; its convolution is not joined with a norm.  A layer whose weight no step trains loses
+    its attention; one that keeps it is not joined with a norm.  Norms with batch statistics become
     `batch_stat_norm`; activations with a sign mask get the attribute `sign`.  A probed value passes
     through a `probe`.
     """
@@ -311,6 +325,8 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
     for node in graph.nodes:
         if node.name in renamed:
             continue
+        if attention.sides(node) and node.params["weight"] not in updates:
+            node = attention.plain(node)
         changed: dict[str, Any] = {"inputs": tuple(renamed.get(x, x) for x in node.inputs)}
         bn = norm_of.get(node.name)
         if bn is not None and _foldable(node, bn, updates):
@@ -384,6 +400,8 @@ def _norm_after(graph: Graph, node: Node, selection: Selection) -> Node | None:
     if node.op not in ("conv2d", "linear") or len(graph.consumers[node.name]) != 1:
         return None
     if standardised(node) or node.name in selection.probes:
+        return None
+    if attention.sides(node) and any(u.param == node.params["weight"] for u in selection.updates):
         return None
     (bn,) = graph.consumers[node.name]
     if bn.op != "batch_norm" or node.name == graph.output or len(graph.shape(node.name)) == 3:
@@ -484,12 +502,44 @@ def _refuse_what_is_not_there_yet(graph: Graph, updates: Mapping[str, Update]) -
             )
 
 
+def _check_attention(graph: Graph, updates: Mapping[str, Update], optimizer: SGD | Adam) -> None:
+    """A layer with attention is updated whole, weight and bias together, by plain SGD."""
+    for node in graph.nodes:
+        if not attention.sides(node):
+            continue
+        weight, bias = (updates.get(node.params.get(r, "")) for r in ("weight", "bias"))
+        assert weight is not None
+        steps = range(max(len(u.rates) for u in (weight, bias) if u is not None))
+        whole = all(
+            _normal(u.slice, graph.params[u.param].shape).whole for u in (weight, bias) if u
+        )
+        if not whole or (bias and any(bias.rate(k) and not weight.rate(k) for k in steps)):
+            raise UsageError(
+                f"{node.name!r} has channel attention, which chooses what is updated of it",
+                why="it takes the whole weight, and the bias in no step without the weight",
+                hint="no slices of it, or the model without its attention",
+            )
+        if standardised(node):
+            raise UsageError(
+                f"{node.name!r} has channel attention, and its weight is standardised",
+                why="its gradient goes through all entries, not those of some channels",
+                hint="the model without its attention, or a method that leaves the layer out",
+            )
+        if not isinstance(optimizer, SGD) or optimizer.momentum or optimizer.weight_decay:
+            raise UsageError(
+                f"{node.name!r} has channel attention, which goes with plain SGD",
+                why="what is not chosen stays as it is; another optimiser would move it",
+                hint="SGD without momentum and weight decay",
+            )
+
+
 def wanted_gradients(
-    graph: Graph, updates: Mapping[str, Update], step: int = 0
+    graph: Graph, updates: Mapping[str, Update], step: int = 0, look: bool = False
 ) -> dict[str, Wanted]:
     """Per node, which gradients it owes in the inner step `step`.
 
-    Back-propagation stops at the deepest layer that is trained in it.
+    Back-propagation stops at the deepest layer that is trained in it; in a pass that looks, at the
+    deepest whose attention reads the gradient of its output.
     """
     needs: set[str] = set()
     wanted = {}
@@ -501,8 +551,9 @@ def wanted_gradients(
                 full = graph.params[update.param].shape
                 params[role] = _normal(update.slice, full)
         dx = tuple(x in needs for x in node.inputs)
-        wanted[node.name] = Wanted(dx, params)
-        if params or any(dx):
+        looks = attention.sides(node) if look and "weight" in params else ()
+        wanted[node.name] = Wanted(dx, {} if look else params, looks)
+        if wanted[node.name].any:
             needs.add(node.name)
     return wanted
 
@@ -563,7 +614,7 @@ class _Lowering:
         self.last_use[graph.output] = len(graph.nodes)
         self.fused = self._fused_clamps()
 
-    def program(self, train: bool = True) -> Program:
+    def program(self, train: bool = True, looks: bool = False) -> Program:
         self._trained_parameters()
         self._statistics()
         source = self.graph.input
@@ -574,11 +625,14 @@ class _Lowering:
         if train:
             self._loss(output)
             for node in self.graph.nodes:
-                if OPS[node.op].states:
+                if OPS[node.op].states and not looks:
                     self._step("backward", node.name, self._follow(node))
             for node in reversed(self.graph.nodes):
                 if node.name in self.grad:
                     self._backward(node)
+            for node in self.graph.nodes:
+                for side in self.wanted[node.name].looks:
+                    self._choose(node, side)
         return Program(
             graph=self.graph,
             loss=self.loss,
@@ -596,6 +650,7 @@ class _Lowering:
             output_buffer=output,
             refresh=self._refresh(),
             inner=self.inner,
+            looks=looks,
         )
 
     def _refresh(self) -> Call | None:
@@ -649,8 +704,19 @@ class _Lowering:
                 for state in self.optimizer.states:
                     self._buffer(f"{state}:{name}", size, "optimizer", True, name)
                 if self.accumulate > 1:
+                    size = 4 * self._gradient_size(node, trained)
                     self._buffer(f"g:{name}", size, "accumulator", True, name)
                 self.trained[name] = trained
+            for side in attention.sides(node):
+                for what in ("sums", "gates"):
+                    size = 4 * attention.channels(self.graph, node, side)
+                    self._buffer(f"{what}:{node.name}.{side}", size, "accumulator", True)
+
+    def _gradient_size(self, node: Node, trained: Trained) -> int:
+        """Floats of a gradient: of what attention can choose at most, or of all of the slice."""
+        if not attention.sides(node):
+            return trained.size
+        return math.prod(attention.worst(self.graph, node).shape(trained.shape))
 
     def _statistics(self) -> None:
         for node in self.graph.nodes:
@@ -685,8 +751,13 @@ class _Lowering:
         for kept in self.kept[node.name]:  # before the node may overwrite its input
             if kept.kind == "channels":
                 self._save_channels(node, kept)
+            elif kept.kind == "gated":
+                name = self._buffer(saved_name(kept, node), kept.bytes, "saved", value=kept.value)
+                self._gather_gated("save", node, name, self.where[kept.value], "fw")
             elif kept.kind == "mask" and kept.value != node.name:
                 self._save_mask(node, kept)
+        if "fw" in self.wanted[node.name].looks:
+            self._magnitudes("save", node, "fw", self.where[node.inputs[0]], node.inputs[0])
         clamp = self.fused.get(node.name)
         produced_by_fusion = node.op == "clamp" and node.inputs[0] in self.fused
         if produced_by_fusion or op.view(self.graph, node):
@@ -863,6 +934,11 @@ class _Lowering:
         dy = self.grad[node.name]
         self.pending[dy].discard(node.name)
         wanted = self.wanted[node.name]
+        if "bw" in wanted.looks:
+            self._magnitudes("backward", node, "bw", dy, node.name)
+        if attention.gated(node, wanted):
+            self._with_attention(node, dy)
+            return
         for role in wanted.params:
             if role not in ("weight", "scale"):
                 self._gradient(node, role, dy)
@@ -913,6 +989,95 @@ class _Lowering:
                 self._input_gradients(node, self._scaled(node, dy, copy=True))
             self._gradient(node, "weight", dy, finish=grad_scale)
         self._update(node, "scale", grad_scale)
+
+    # ---- channel attention ----
+
+    def _magnitudes(self, phase: Phase, node: Node, side: str, buffer: str, value: str) -> None:
+        """Add |x| or |dy| of each channel to the sums that gates are made of."""
+        sums = Buf(f"sums:{node.name}.{side}", "rw")
+        shape = channels_last(self.graph.shape(value))
+        self._step(phase, node.name, Call("mo_magnitudes", (sums, Buf(buffer), *shape)))
+
+    def _choose(self, node: Node, side: str) -> None:
+        """The gates of a side from its sums, which begin anew."""
+        params = [node.params[role] for role in attention.roles_of(side)]
+        hidden, channels = self.graph.params[params[0]].shape
+        space = self._buffer(f"hidden:{node.name}.{side}", 4 * hidden, "workspace")
+        pixels, _ = channels_last(self.graph.shape(node.inputs[0] if side == "fw" else node.name))
+        gates, sums = (Buf(f"{what}:{node.name}.{side}", "rw") for what in ("gates", "sums"))
+        branch = (Const(name) for name in params)
+        mean, rho = 1.0 / (self.accumulate * pixels), float(node.attrs["rho"])
+        most = attention.most(self.graph, node, side)
+        args: tuple[Arg, ...] = (replace(gates, mode="w"), sums, Buf(space, "w"), *branch)
+        self._step(
+            "update", node.name, Call("mo_gates", (*args, channels, hidden, mean, rho, most))
+        )
+
+    def _gather_gated(self, phase: Phase, node: Node, dst: str, src: str, side: str) -> None:
+        value = node.inputs[0] if side == "fw" else node.name
+        most = attention.most(self.graph, node, side)
+        args = (Buf(dst, "w"), Buf(src), Buf(f"gates:{node.name}.{side}"))
+        shape = channels_last(self.graph.shape(value))
+        self._step(phase, node.name, Call("mo_gather_gated", (*args, *shape, most)))
+
+    def _with_attention(self, node: Node, dy: str) -> None:
+        """Gradients of the chosen channels alone, of which the weight and the bias are updated."""
+        first = self._gradient_first(node)
+        if not first:
+            self._input_gradients(node, dy)
+        roles = sorted(self.wanted[node.name].params)
+        grads = {role: self._gated_gradient(node, role, dy) for role in roles}
+        if first:
+            self._input_gradients(node, dy)
+        for role, grad in grads.items():
+            self._gated_update(node, role, grad)
+
+    def _gated_gradient(self, node: Node, role: str, dy: str) -> str:
+        trained = self.trained[node.params[role]]
+        accumulate = self.accumulate > 1
+        grad = f"g:{trained.param}"
+        if not accumulate:
+            size = 4 * self._gradient_size(node, trained)
+            grad = self._buffer(grad, size, "gradient", value=trained.param)
+        fw, bw = self._gates(node)
+        args = replace(self._backward_args(node, dy), gates=(fw, bw))
+        if role == "weight" and bw is not None and OPS[node.op].gathers_gated(node):
+            rows, _ = channels_last(self.graph.shape(node.name))
+            most = attention.most(self.graph, node, "bw")
+            part = self._buffer(f"rows:{node.name}", 4 * rows * most, "workspace")
+            self._gather_gated("backward", node, part, dy, "bw")
+            args = replace(args, dy=part)
+        target = Buf(grad, "rw" if accumulate else "w")
+        self._step("backward", node.name, OPS[node.op].c_gated(args, role, target, accumulate))
+        return grad
+
+    def _gated_update(self, node: Node, role: str, grad: str) -> None:
+        """Of the chosen entries; those of a depthwise weight are [tap][channel] in memory."""
+        trained = self.trained[node.params[role]]
+        out, inp, *taps = (*trained.shape, 1)
+        area = math.prod(taps)
+        strides = (1, out) if trained.layout == "hwc" else (area * inp, inp)
+        fw, bw = self._gates(node)
+        if role == "bias":
+            fw = None
+        most_in = inp if fw is None else attention.most(self.graph, node, "fw")
+        args = (
+            *(Buf(trained.buffer, "rw"), Buf(grad), fw, bw, out, area, inp, *strides),
+            *(attention.most(self.graph, node, "bw"), most_in),
+        )
+        calls = [Call("mo_gated_step", (*args, self._learning_rate(trained)))]
+        if self.accumulate > 1:
+            size = self.buffers[grad].bytes
+            calls.append(Call("memset", (Buf(grad, "w"), 0, size)))
+        self._step("update", node.name, *calls, rows=1, block=1)
+
+    def _gates(self, node: Node) -> tuple[Buf | None, Buf | None]:
+        """Of the input and of the output channels; None for a side without attention."""
+        fw, bw = (
+            Buf(f"gates:{node.name}.{side}") if side in attention.sides(node) else None
+            for side in attention.SIDES
+        )
+        return fw, bw
 
     def _scaled(self, node: Node, dy: str, copy: bool) -> str:
         """dy * scale * rstd, in place or in a buffer of its own."""

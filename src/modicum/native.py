@@ -16,11 +16,12 @@ Array = NDArray[np.float32]
 
 ALWAYS = ("init", "input", "predict", "train", "export_state", "import_state", "trained", "size",
           "error")  # fmt: skip
-SOMETIMES = ("prototypes_clear", "prototypes_add", "steps_clear", "select", "selected")
+SOMETIMES = ("prototypes_clear", "prototypes_add", "steps_clear", "attend", "select", "selected")
 LACKING = {
     "prototypes_clear": "prototypes",
     "prototypes_add": "prototypes",
     "steps_clear": "step sizes that differ by inner step",
+    "attend": "channel attention",
 }
 
 
@@ -68,15 +69,27 @@ class Native:
     def train(self, x: Array, target: Any) -> float:
         """One sample forward and backward; returns its loss.  `target` is the label, or for mse
         the target values."""
-        x = self._floats(x, self.inputs, "input")
-        loss = ctypes.c_float()
-        if self.targets:
-            values = self._floats(target, self.targets, "target")
-            wanted: Any = _pointer(values)
-        else:
-            wanted = ctypes.c_int32(int(target))
+        x, wanted, loss = (
+            self._floats(x, self.inputs, "input"),
+            self._wanted(target),
+            ctypes.c_float(),
+        )
         self._check(self._call["train"](self._net, _pointer(x), wanted, ctypes.byref(loss)))
         return float(loss.value)
+
+    def attend(self, x: Array, target: Any) -> None:
+        """One sample of the next update, of which all pass here before the first is trained on.
+
+        Raises UsageError for a net without channel attention.
+        """
+        x = self._floats(x, self.inputs, "input")
+        self._check(self._optional("attend")(self._net, _pointer(x), self._wanted(target)))
+
+    def _wanted(self, target: Any) -> Any:
+        """A label, or a pointer to targets, which keeps them."""
+        if not self.targets:
+            return ctypes.c_int32(int(target))
+        return self._floats(target, self.targets, "target").ctypes.data_as(ctypes.c_void_p)
 
     def clear_prototypes(self) -> None:
         """Forget the prototypes of all classes.  Raises UsageError for a net that has none."""

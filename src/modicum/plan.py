@@ -27,22 +27,28 @@ from modicum.optim import SGD, Adam, Optimizer
 from modicum.selection import Selection, some
 from modicum.units import count, kib, percent, size
 
-VERSION: Literal[3] = 3
+VERSION: Literal[4] = 4
 MOST_ACCUMULATED = 65535
 ORDERS: tuple[Order, ...] = ("dx-first", "dw-first")
 
 
 class Pattern(Frozen):
-    """The inner steps that update the same parameters, and where their program has its buffers."""
+    """The inner steps that update the same parameters, and where their program has its buffers.
+
+    `look` says it of the program of their first pass, where layers have channel attention.
+    """
 
     steps: tuple[int, ...]
     order: Order = "dx-first"
     offsets: dict[str, int]
+    look: dict[str, int] | None = None
     layers: tuple[LayerCost, ...]
 
     def placement(self, program: Program) -> Placement:
-        ends = (self.offsets[n] + b.bytes for n, b in program.buffers.items() if n in self.offsets)
-        return Placement(self.offsets, max(ends), 0, lower_bound(program))
+        """Of its program, or of that of its first pass."""
+        offsets = (self.look or {}) if program.looks else self.offsets
+        ends = (offsets[n] + b.bytes for n, b in program.buffers.items() if n in offsets)
+        return Placement(offsets, max(ends), 0, lower_bound(program))
 
 
 class Plan(Frozen):
@@ -56,7 +62,7 @@ class Plan(Frozen):
     arena, in which all that persists lies at one place.  `steps` tells what each step costs.
     """
 
-    version: Literal[3] = VERSION
+    version: Literal[4] = VERSION
     graph: Graph
     board: Board | None = None
     ram: int | None = None
@@ -88,11 +94,33 @@ class Plan(Frozen):
         return tuple(lower(*how, p.order, p.steps[0]) for p in self.patterns)
 
     @cached_property
+    def looks(self) -> tuple[Program | None, ...]:
+        """The program of the first pass of each pattern in which attention chooses channels."""
+        how = (self.graph, self.selection, self.optimizer, self.loss, self.accumulate, ORDERS[0])
+        both = zip(self.patterns, self.programs, strict=True)
+        return tuple(lower(*how, p.steps[0], look=True) if q.attends else None for p, q in both)
+
+    @property
+    def attends(self) -> bool:
+        """Whether the samples of some update pass twice, first to choose channels."""
+        return any(look is not None for look in self.looks)
+
+    @cached_property
     def worst(self) -> int:
         """The index of the pattern that needs most memory."""
         placed = zip(self.patterns, self.programs, strict=True)
         arenas = [pattern.placement(program).arena for pattern, program in placed]
         return arenas.index(max(arenas))
+
+    def check_updates(self, samples: int) -> None:
+        """Raise UsageError for samples left over from the last update, where attention chooses by
+        all samples of one."""
+        if self.attends and samples % self.accumulate:
+            raise UsageError(
+                f"{samples} samples are not whole updates of {self.accumulate}",
+                why="channel attention chooses by all samples of an update",
+                hint="another number of samples, or of epochs",
+            )
 
     @property
     def program(self) -> Program:
@@ -178,7 +206,7 @@ class Plan(Frozen):
                 "the plan's patterns are not those of its step sizes", hint="make it again"
             )
         try:
-            programs = self.programs
+            programs, looks = self.programs, self.looks
         except UsageError as error:
             raise InvalidInput(
                 "the plan's selection does not fit its graph", why=error.what
@@ -186,11 +214,19 @@ class Plan(Frozen):
         except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise InvalidInput("the plan's graph is malformed", why=repr(error)) from None
         both = list(zip(self.patterns, programs, strict=True))
-        verify_together([(program, p.offsets) for p, program in both], self.cost.arena)
+        first = list(zip(self.patterns, looks, strict=True))
+        if any((p.look is None) != (look is None) for p, look in first):
+            raise InvalidInput(
+                "the plan's patterns do not attend where its layers do", hint="make it again"
+            )
+        offsets = [(program, p.offsets) for p, program in both]
+        offsets += [(look, p.look) for p, look in first if look is not None and p.look is not None]
+        verify_together(offsets, self.cost.arena)
         placed = [(program, p.placement(program)) for p, program in both]
+        looking = [None if look is None else (look, p.placement(look)) for p, look in first]
         if (
-            worst_cost(placed, self.board) != self.cost
-            or step_costs(placed) != self.steps
+            worst_cost(placed, self.board, looking) != self.cost
+            or step_costs(placed, looking) != self.steps
             or any(layer_costs(program) != p.layers for p, program in both)
         ):
             raise InvalidInput(
@@ -283,7 +319,8 @@ def _placed(
     ram: int | None,
     flash: int | None,
 ) -> Plan:
-    placed = []
+    placed: list[tuple[Program, Placement]] = []
+    looking: list[tuple[Program, Placement] | None] = []
     for step, *_ in selection.patterns:
         best: tuple[Program, Placement] | None = None
         for order in ORDERS:
@@ -293,8 +330,13 @@ def _placed(
                 best = (program, at) if best is None or at.arena < best[1].arena else best
         assert best is not None
         placed.append(best)
-    total = worst_cost(placed, board)
-    verify_together([(program, at.offsets) for program, at in placed], total.arena)
+        look = None
+        if best[0].attends:
+            look = lower(graph, selection, optimizer, loss, accumulate, step=step, look=True)
+        looking.append(None if look is None else (look, place(look)))
+    total = worst_cost(placed, board, looking)
+    every = [*placed, *(look for look in looking if look)]
+    verify_together([(program, at.offsets) for program, at in every], total.arena)
     return Plan(
         graph=graph,
         board=board,
@@ -310,12 +352,13 @@ def _placed(
                 steps=program.inner,
                 order=program.order,
                 offsets=dict(at.offsets),
+                look=None if look is None else dict(look[1].offsets),
                 layers=layer_costs(program),
             )
-            for program, at in placed
+            for (program, at), look in zip(placed, looking, strict=True)
         ),
         cost=total,
-        steps=step_costs(placed),
+        steps=step_costs(placed, looking),
     )
 
 
@@ -394,7 +437,9 @@ def render(p: Plan, layers: bool = True) -> str:
         ("  optimiser", kib(c.optimizer_bytes), str(p.optimizer)),
     ]
     if c.accumulator_bytes:
-        text = f"gradients of {p.accumulate} samples"
+        text = f"gradients of {p.accumulate} samples" if p.accumulate > 1 else ""
+        if p.attends:
+            text += f"{', ' if text else ''}magnitudes and gates of channels"
         rows.append(("  accumulated", kib(c.accumulator_bytes), text))
     rows += [
         ("  saved", kib(c.saved), "kept from forward to backward pass, one sample"),
@@ -409,6 +454,8 @@ def render(p: Plan, layers: bool = True) -> str:
         ),
         ("MACs", count(c.macs_forward), f"forward; backward {count(c.macs_backward)}"),
     ]
+    if c.macs_look:
+        rows.append(("  look", count(c.macs_look), "of the pass that chooses channels, before it"))
     title = f"{p.method.kind} on {board}, input {_x(p.graph)}, {p.optimizer}"
     if p.accumulate > 1:
         title += f", {p.accumulate} samples per update"

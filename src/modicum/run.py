@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from modicum.data import Data, check_data, check_samples
 from modicum.errors import InvalidInput, ModicumError, ToolMissing, UsageError
-from modicum.job import ADD, PAINT, PARAMETERS, PREDICT, TRAIN, Job, Result, decode
+from modicum.job import ADD, ATTEND, PAINT, PARAMETERS, PREDICT, TRAIN, Job, Result, decode
 from modicum.plan import Plan
 from modicum.state import from_c, image_to_c
 from modicum.toolchain import build
@@ -174,6 +175,7 @@ def _fill(
     support: Data | None,
     refresh: int | None,
 ) -> None:
+    plan.check_updates(len(order))
     images, labels = image_to_c(train[0]), np.asarray(train[1])
     tests: Any = image_to_c(test[0]) if test is not None else []
     known = [] if support is None else list(zip(image_to_c(support[0]), support[1], strict=True))
@@ -184,6 +186,12 @@ def _fill(
         for x, label in known:
             job.add_prototype(x, int(label))
 
+    def sample(do: Callable[..., None], i: int) -> None:
+        if plan.loss == "mse":
+            do(images[i], target=np.asarray(labels[i], np.float32).ravel())
+        else:
+            do(images[i], int(labels[i]))
+
     every = plan.accumulate if refresh is None else refresh
     prototypes()
     for x in tests:
@@ -191,10 +199,10 @@ def _fill(
     for step, i in enumerate(order):
         if step and every and step % every == 0:
             prototypes()
-        if plan.loss == "mse":
-            job.train(images[i], target=np.asarray(labels[i], np.float32).ravel())
-        else:
-            job.train(images[i], int(labels[i]))
+        if plan.attends and step % plan.accumulate == 0:
+            for k in order[step : step + plan.accumulate]:
+                sample(job.attend, k)
+        sample(job.train, i)
     if every and len(tests):
         prototypes()
     for x in tests:
@@ -274,7 +282,8 @@ def _figures(plan: Plan, result: Result, machine: Machine | None) -> dict[str, f
         "arena_high_water": result.arena_high_water,
     }
     unit = "microseconds" if result.microseconds else "instructions"
-    for kind, name in ((TRAIN, "train"), (PREDICT, "predict"), (ADD, "prototype")):
+    timed = {TRAIN: "train", ATTEND: "attend", PREDICT: "predict", ADD: "prototype"}
+    for kind, name in timed.items():
         elapsed = [r.elapsed for r in result.records if r.kind == kind]
         if elapsed:
             figures[f"{unit}_{name}"] = float(np.median(elapsed))

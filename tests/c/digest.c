@@ -270,6 +270,23 @@ static void fisher(void) {
   add_floats(score, c);
 }
 
+static void attention(void) {
+  const int32_t pixels = between(1, 20), c = between(1, 50), width = between(1, 12);
+  const int32_t most = between(1, c);
+  float *x = filled(pixels * c), *sums = filled(c), *gates = filled(c), *hidden = filled(width);
+  float *down = filled(width * c), *down_bias = filled(width), *up = filled(c * width);
+  float *some = filled(pixels * c), *bias = filled(c);
+  for (int32_t j = 0; j < c; j++) sums[j] = sums[j] < 0.0f ? -sums[j] : sums[j];
+  mo_magnitudes(sums, x, pixels, c);
+  mo_gates(gates, sums, hidden, down, down_bias, up, bias, c, width, 0.1f, 0.7f, most);
+  add_floats(gates, c);
+  mo_gather_gated(some, x, gates, pixels, c, most);
+  add_floats(some, pixels * c);
+  mo_gated_bias_grad(some, x, gates, pixels, c, most, between(0, 1));
+  mo_gated_step(bias, some, NULL, gates, c, 1, 1, 1, 1, most, 1, 0.5f);
+  add_floats(bias, c);
+}
+
 static void run(const char *name, void (*kernel)(void)) {
   char hex[] = " 00000000\n";
   digest = 0;
@@ -299,5 +316,6 @@ int main(void) {
   run("resize", resize);
   run("cosine", cosine);
   run("fisher", fisher);
+  run("attention", attention);
   return 0;
 }

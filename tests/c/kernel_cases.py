@@ -820,6 +820,106 @@ def _run_probe(kernels: Kernels, pixels, c, accumulate, seed) -> Arrays:
     return dict(score=score)
 
 
+branches = st.fixed_dictionaries(
+    dict(
+        seed=seeds,
+        pixels=st.integers(1, 30),
+        c=channels,
+        width=st.integers(1, 20),
+        rho=st.floats(0.015625, 1.0, width=32),
+    )
+)
+
+
+def branch_tensors(seed, pixels, c, width, rho) -> Arrays:
+    rng = np.random.default_rng(seed)
+    weights = dict(down=(width, c), down_bias=(width,), up=(c, width), up_bias=(c,))
+    return dict(
+        x=normal(rng, pixels, c),
+        sums=np.abs(normal(rng, c)),
+        **{name: normal(rng, *shape) for name, shape in weights.items()},
+    )
+
+
+def decided(case: dict) -> bool:
+    """Whether rounding cannot tell which scores exceed rho together."""
+    t = {k: v.astype(np.float64) for k, v in branch_tensors(**case).items()}
+    v = t["sums"] + np.abs(t["x"]).sum(0)
+    hidden = np.maximum(t["down"] @ (v / v.mean()) + t["down_bias"], 0)
+    z = t["up"] @ hidden + t["up_bias"]
+    scores = np.sort(np.exp(z - z.max()) / np.exp(z - z.max()).sum())[::-1]
+    return bool(np.abs(scores.cumsum()[:-1] - case["rho"]).min(initial=1.0) > 1e-4)
+
+
+def _run_branch(kernels: Kernels, pixels, c, width, rho, seed) -> Arrays:
+    t = branch_tensors(seed, pixels, c, width, rho)
+    sums, gates, hidden = t["sums"].copy(), unwritten(c), unwritten(width)
+    kernels.mo_magnitudes(sums, t["x"], pixels, c)
+    added = sums.copy()
+    params = (t["down"], t["down_bias"], t["up"], t["up_bias"])
+    kernels.mo_gates(gates, sums, hidden, *params, c, width, 0.25, rho, c)
+    least = unwritten(c)
+    kernels.mo_gates(least, added.copy(), hidden, *params, c, width, 0.25, rho, 1)
+    return dict(sums=added, gates=gates, one=np.array(np.count_nonzero(least)))
+
+
+@st.composite
+def gated_layers(draw) -> dict:
+    """A convolution, and which of its channels are chosen; of groups only output channels."""
+    depthwise = draw(st.sampled_from([False, False, True]))
+    case = draw(convolutions(depthwise))
+    sides = [draw(st.booleans()) and case["geometry"]["groups"] == 1, draw(st.booleans())]
+    return dict(case=case, depthwise=depthwise, sides=sides, share=draw(st.floats(0.05, 1.0)))
+
+
+def gated_tensors(case, depthwise, sides, share) -> Arrays:
+    """x, dy, a weight and a bias as the layer has them, gradients so far, and gates."""
+    g, rng = Geometry(**case["geometry"]), np.random.default_rng(case["seed"])
+    gates = {}
+    for name, c, gated in (("fw", g.in_c // g.groups, sides[0]), ("bw", g.out_c, sides[1])):
+        some = rng.random(c) < share
+        some[rng.integers(c)] = True
+        gates[name] = np.abs(normal(rng, c)) * np.float32(some) if gated else None
+    n_in, n_out = (
+        np.count_nonzero(gate) if gate is not None else c
+        for gate, c in ((gates["fw"], g.in_c // g.groups), (gates["bw"], g.out_c))
+    )
+    taps = (g.k_h, g.k_w)
+    shape = (*taps, g.out_c) if depthwise else (g.out_c, *taps, g.in_c // g.groups)
+    return dict(
+        x=normal(rng, g.in_h, g.in_w, g.in_c),
+        dy=normal(rng, g.out_h, g.out_w, g.out_c),
+        w=normal(rng, *shape),
+        b=normal(rng, g.out_c),
+        dw0=target(rng, case["accumulate"], n_out, *taps, n_in),
+        db0=target(rng, case["accumulate"], n_out),
+        **gates,
+    )
+
+
+def _run_gated(kernels: Kernels, case, **more) -> Arrays:
+    t, g, accumulate = gated_tensors(case, **more), Geometry(**case["geometry"]), case["accumulate"]
+    dw, db, w, b = (t[name].copy() for name in ("dw0", "db0", "w", "b"))
+    n_out, k_h, k_w, n_in = dw.shape
+    x, dy, fw, bw = (t[name] for name in ("x", "dy", "fw", "bw"))
+    if fw is not None:
+        x = unwritten(g.in_h * g.in_w, n_in)
+        kernels.mo_gather_gated(x, t["x"], fw, g.in_h * g.in_w, g.in_c, n_in)
+    pixels = g.out_h * g.out_w
+    if bw is not None and g.groups == 1:
+        dy = unwritten(pixels, n_out)
+        kernels.mo_gather_gated(dy, t["dy"], bw, pixels, g.out_c, n_out)
+    kernels.mo_gated_dw(dw, dy, x, fw, bw, g, n_in, n_out, accumulate)
+    if bw is not None:
+        kernels.mo_gated_bias_grad(db, t["dy"], bw, pixels, g.out_c, n_out, accumulate)
+        kernels.mo_gated_step(b, db, None, bw, g.out_c, 1, 1, 1, 1, n_out, 1, 0.5)
+    columns, taps = g.in_c // g.groups, k_h * k_w
+    strides = (1, g.out_c) if more["depthwise"] else (taps * columns, columns)
+    kernels.mo_gated_step(w, dw, fw, bw, g.out_c, taps, columns, *strides, n_out, n_in, 0.5)
+    got = dict(dw=dw, w=w)
+    return got if bw is None else got | dict(db=db, b=b)
+
+
 OPS = {
     "conv2d": Op(convolutions(depthwise=False), _run_convolution("conv2d")),
     "pointwise": Op(pointwise(), _run_convolution("conv2d")),
@@ -843,4 +943,6 @@ OPS = {
     "resize": Op(resizes(), _run_resize),
     "cosine": Op(cosines, _run_cosine),
     "probe": Op(probes, _run_probe),
+    "branch": Op(branches.filter(decided), _run_branch),
+    "gated": Op(gated_layers(), _run_gated),
 }

@@ -8,6 +8,8 @@ from c import kernel_cases as cases
 from c.kernel_cases import OPS, examples
 from hypothesis import given
 
+from modicum.ops.attention import clip, scores
+
 
 @pytest.mark.parametrize("name", OPS)
 def test_kernel_agrees_with_pytorch_on_generated_shapes(kernels, name):
@@ -356,6 +358,50 @@ def probe(accumulate, **case):
     return dict(score=accumulated(score, t["score0"], accumulate))
 
 
+def branch(rho, **case):
+    t = {k: double(v) for k, v in cases.branch_tensors(rho=rho, **case).items()}
+    sums = t["sums"] + t["x"].abs().sum(0)
+    params = (t[name] for name in ("down", "down_bias", "up", "up_bias"))
+    return dict(sums=sums, gates=clip(scores(0.25 * sums, *params), rho), one=1)
+
+
+def gated(case, depthwise, sides, share):
+    t = cases.gated_tensors(case, depthwise, sides, share)
+    whole = np.full(len(t["b"]), True)
+    bw = whole if t["bw"] is None else t["bw"] > 0
+    w = t["w"].transpose(2, 0, 1)[..., None] if depthwise else t["w"]
+    fw = np.full(w.shape[3], True) if t["fw"] is None else t["fw"] > 0
+    x, dense = planes(t["x"]), double(w).permute(0, 3, 1, 2).contiguous().requires_grad_()
+    g = case["geometry"]
+    high, wide = (
+        (g[f"out_{d}"] - 1) * g[f"stride_{d}"]
+        + (g[f"k_{d}"] - 1) * g[f"dil_{d}"]
+        + 1
+        - g[f"in_{d}"]
+        for d in "hw"
+    )
+    x = F.pad(x, (g["pad_l"], wide - g["pad_l"], g["pad_t"], high - g["pad_t"]))
+    strides, dilation = (g["stride_h"], g["stride_w"]), (g["dil_h"], g["dil_w"])
+    y = F.conv2d(x, dense, None, strides, 0, dilation, g["groups"])
+    (dw,) = torch.autograd.grad(y, dense, planes(t["dy"]))
+    dw = dw[bw][:, fw].permute(0, 2, 3, 1)
+    dw = accumulated(dw, t["dw0"], case["accumulate"])
+    ones = double(whole)
+    scale = ones if t["bw"] is None else double(t["bw"])
+    step = dw * scale[bw].reshape(-1, 1, 1, 1)
+    after = double(w).clone()
+    rows = after[bw]
+    rows[..., fw] -= 0.5 * step * (1.0 if t["fw"] is None else double(t["fw"])[fw])
+    after[bw] = rows
+    want = dict(dw=dw, w=after[..., 0].permute(1, 2, 0) if depthwise else after)
+    if t["bw"] is None:
+        return want
+    db = accumulated(double(t["dy"]).sum((0, 1))[bw], t["db0"], case["accumulate"])
+    b = double(t["b"]).clone()
+    b[bw] -= 0.5 * db * scale[bw]
+    return want | dict(db=db, b=b)
+
+
 REFERENCES = dict(
     conv2d=convolution(depthwise=False),
     pointwise=convolution(depthwise=False),
@@ -379,4 +425,6 @@ REFERENCES = dict(
     resize=resize,
     cosine=cosine,
     probe=probe,
+    branch=branch,
+    gated=gated,
 )

@@ -426,23 +426,36 @@ def test_metatrain_refuses_flags_before_it_makes_a_network(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_gradient_rule_has_learned_is_planned_and_adapted(modicum, shots, tmp_path):
+@pytest.mark.parametrize("channels", ["none", "both"])
+def test_what_a_gradient_rule_has_learned_is_planned_adapted_and_emitted(
+    modicum, shots, tmp_path, channels
+):
+    """With p-Meta's attention in the weights, and without."""
     meta, plan = tmp_path / "meta", tmp_path / "plan.json"
     words = ["metatrain", "digits", "--data", shots / "base.npz", "--ways", 3, "--shots", 2,
              "--queries", 2, "--epochs", 1, "--episodes", 8, "--rule",
-             "p-meta:steps=3,rate=0.05,channels=none,norms=frozen,prune_to=0.3",
+             f"p-meta:steps=3,rate=0.05,channels={channels},norms=frozen,share=0.8,prune_to=0.3",
              "--test", shots / "base.npz", "--test-tasks", 5, "--out", meta]  # fmt: skip
     done = modicum(*words)
     assert done.code == 0 and "% of 5 tasks" in done.out, done.err
     few = ["--weights", meta / "weights.pt"]
     done = modicum("plan", "digits", "--classes", 3, *few, "--method", meta / "method.json",
-                   "--lr", 1, "--accumulate", 6, "--board", "nano33ble", "--out", plan)  # fmt: skip
+                   "--lr", 1, "--accumulate", 15, "--board", "nano33ble",
+                   "--out", plan)  # fmt: skip
     assert done.code == 0, done.err
     made = mo.Plan.load(plan)
     assert made.inner_steps <= 3 and made.optimizer.lr == 1
+    assert made.attends == (channels == "both")
     done = modicum("adapt", "digits", "--plan", plan, *few, "--data", shots / "support.npz",
                    "--epochs", 3)  # fmt: skip
     assert done.code == 0 and "steps, loss" in done.out, done.err
+    done = modicum("emit", "digits", "--plan", plan, *few, "--out", tmp_path / "c")
+    assert done.code == 0, done.err
+    assert (tmp_path / "c" / "model_look0.c").exists() == made.attends
+    if made.attends:
+        done = modicum("plan", "digits", "--classes", 3, "--method", meta / "method.json",
+                       "--lr", 1)  # fmt: skip
+        assert done.code == 2 and "no channel attention" in done.err
 
 
 def test_rules_are_compared_by_accuracy_and_by_what_adapting_costs(modicum, shots, tmp_path):

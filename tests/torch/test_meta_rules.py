@@ -26,10 +26,10 @@ from modicum.meta import (
     load_learner,
     metatrain,
 )
-from modicum.meta.attention import clip, most_kept
 from modicum.meta.inner import gradient_steps
 from modicum.meta.norms import MetaNorm
 from modicum.models import Conv4, ResNet12, SineNet
+from modicum.ops.attention import clip, most_kept
 from modicum.tasks import FixedEpisodes, Preprocess, load
 
 SHOWN = Preprocess(size=6, mean=(0.5,), std=(0.5,))

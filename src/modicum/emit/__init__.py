@@ -136,7 +136,10 @@ def _check_samples(plan: Plan, data: tuple[Any, Any] | None) -> tuple[Any, Any]:
         labels = np.arange(VECTORS) % outputs
         y = rng.standard_normal((VECTORS, outputs)).astype(np.float32) if mse else labels
     updates = 1 + max(pattern.steps[0] for pattern in plan.patterns)
-    again = np.arange(max(len(x), updates * plan.accumulate)) % len(x)
+    n = max(len(x), updates * plan.accumulate)
+    if plan.attends:  # by all samples of an update
+        n = -(-n // plan.accumulate) * plan.accumulate
+    again = np.arange(n) % len(x)
     return x[again], y[again]
 
 

@@ -18,8 +18,9 @@ class Candidates:
     """Plans of one graph, loss and board, one of which is selected at a time.
 
     They share the arena, which has the size of the largest, and what they have in flash in common.
-    Each updates the same in every inner step.  Raises UsageError for plans that do not belong
-    together, and DoesNotFit where the flash of the smallest limit does not hold them all.
+    Each updates the same in every inner step, without channel attention.  Raises UsageError for
+    plans that do not belong together, and DoesNotFit where the flash of the smallest limit does not
+    hold them all.
     """
 
     plans: tuple[Plan, ...]
@@ -34,6 +35,12 @@ class Candidates:
                 raise UsageError(
                     f"plan {i} ({plan.method.kind}) has step sizes that differ by inner step",
                     why="the members of a candidate set have one step size for each parameter",
+                    hint="emit it alone",
+                )
+            if plan.attends:
+                raise UsageError(
+                    f"plan {i} ({plan.method.kind}) has channel attention",
+                    why="the members of a candidate set update what they name, in one pass",
                     hint="emit it alone",
                 )
         for i, plan in enumerate(self.plans[1:], 1):

@@ -1,7 +1,8 @@
 """What autograd computes for a plan, without `apply`: the check vectors' source.
 
 The prepared graph runs under PyTorch's own autograd, whole parameters and all; only the trained
-slices move.  The derivatives that are not autograd's are those of sign masks and probes.
+slices move.  The derivatives that are not autograd's are those of sign masks and probes.  Channel
+attention masks the whole gradients of an update.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from modicum.capture import state_of
 from modicum.graph import Node
 from modicum.ops import OPS
+from modicum.ops.attention import SIDES, gated, gates, magnitudes
 from modicum.optim import Adam
 from modicum.plan import Plan
 from modicum.state import cut, materialise
@@ -39,19 +41,24 @@ def trace(model: nn.Module, plan: Plan, x: Any, y: Any) -> tuple[Trace, list[Any
     result = Trace(where="torch", plan_hash=plan.hash, order=list(range(len(x))))
     seen: list[Any] = []
     recorded: dict[str, list[Any]] = {t.param: [] for t in program.learned}
+    masking = _Attention(plan)
     for i in range(len(x)):
         sample = torch.from_numpy(np.asarray(x[i : i + 1]))
         with torch.no_grad():
             seen.append(_forward(plan, params, sample, training=False).numpy()[0].copy())
-        out = _forward(plan, params, sample, training=True)
+        values = _values(plan, params, sample, training=True)
+        masking.watch(values, step=i // plan.accumulate)
+        out = values[program.graph.output]
         if plan.loss == "mse":
             target = torch.from_numpy(np.asarray(y[i : i + 1])).reshape(out.shape)
             loss = ((out - target) ** 2).mean()
         else:
             loss = nn.functional.cross_entropy(out, torch.tensor([int(y[i])]))
         (loss / plan.accumulate).backward()
+        masking.see(values)
         result.losses.append(float(loss.detach()))
         if (i + 1) % plan.accumulate == 0:
+            masking.mask(params)
             _set_rates(plan, optimizer, params, step=i // plan.accumulate)
             before = {name: params[name].detach().clone() for name in slices}
             optimizer.step()
@@ -87,6 +94,44 @@ def _values(plan: Plan, params: dict[str, Tensor], x: Tensor, training: bool) ->
         p = {role: params[name] for role, name in node.params.items()}
         values[node.name] = _run(node, inputs, p, training)
     return values
+
+
+class _Attention:
+    """Masks the gradients of an update by the magnitudes that passed in its samples."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.nodes: list[Node] = []  # of this step
+        self.sums: dict[tuple[str, str], Tensor] = {}
+
+    def watch(self, values: dict[str, Tensor], step: int) -> None:
+        program = self.plan.programs[self.plan.pattern_of(step)]
+        self.nodes = [n for n in program.graph.nodes if gated(n, program.wanted[n.name])]
+        for node in self.nodes:
+            values[node.name].retain_grad()
+
+    def see(self, values: dict[str, Tensor]) -> None:
+        for node in self.nodes:
+            dy = values[node.name].grad
+            assert dy is not None
+            for side, seen in (("fw", values[node.inputs[0]].detach()), ("bw", dy)):
+                key = (node.name, side)
+                self.sums[key] = self.sums.get(key, torch.zeros(())) + magnitudes(seen)
+
+    def mask(self, params: dict[str, Tensor]) -> None:
+        for node in self.nodes:
+            p = {role: params[name] for role, name in node.params.items()}
+            fw, bw = (
+                gates(node, p, side, self.sums[node.name, side] / self.plan.accumulate)
+                for side in SIDES
+            )
+            for role in ("weight", "bias"):
+                gradient = p[role].grad if role in p else None
+                if gradient is not None and bw is not None:
+                    gradient *= bw.reshape(-1, *[1] * (gradient.dim() - 1))
+                if gradient is not None and fw is not None and role == "weight":
+                    gradient *= fw.reshape(1, -1, *[1] * (gradient.dim() - 2))
+        self.sums = {}
 
 
 class _Probe(torch.autograd.Function):

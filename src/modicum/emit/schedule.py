@@ -20,14 +20,18 @@ from modicum.units import kib
 
 
 class Schedule:
-    """The parts of schedule.c.j2 for one pattern of a plan.
+    """The parts of schedule.c.j2 for one pattern of a plan, or with `look` for its first pass.
 
     What it reads from flash goes to `constants`.
     """
 
-    def __init__(self, plan: Plan, constants: Constants, pattern: int = 0) -> None:
+    def __init__(
+        self, plan: Plan, constants: Constants, pattern: int = 0, look: bool = False
+    ) -> None:
         self.plan, self.constants = plan, constants
-        self.program, self.offsets = plan.programs[pattern], plan.patterns[pattern].offsets
+        program = plan.looks[pattern] if look else plan.programs[pattern]
+        assert program is not None
+        self.program, self.offsets = program, plan.patterns[pattern].placement(program).offsets
         self.symbols = _symbols(self.program.buffers)
         self.spans = self.program.lifetimes
         steps = self.program.steps
@@ -81,6 +85,12 @@ class Schedule:
         """The calls that clear what training keeps beside the weights."""
         passing = (b for b in self.program.buffers.values() if b.persistent and b.kind != "weight")
         return "\n".join(f"  memset(F({self.symbols[b.name]}), 0, {b.bytes});" for b in passing)
+
+    @property
+    def clear_sums(self) -> str:
+        """The calls that let the magnitudes by which attention chooses begin anew."""
+        sums = (b for name, b in self.program.buffers.items() if name.startswith("sums:"))
+        return "\n".join(f"  memset(F({self.symbols[b.name]}), 0, {b.bytes});" for b in sums)
 
     @property
     def not_negative(self) -> str:
@@ -138,7 +148,8 @@ class Schedule:
 
     @cached_property
     def _not_negative(self) -> list[tuple[int, int]]:
-        """(first, count) of what cannot be negative: running variances, Adam's second moments."""
+        """(first, count) of what cannot be negative: running variances, Adam's second moments,
+        and what attention chooses by."""
         offsets, program = self.offsets, self.program
         variances = [n.params["var"] for n in program.graph.nodes if "var" in OPS[n.op].states]
         runs = [
@@ -146,7 +157,8 @@ class Schedule:
         ]
         if isinstance(self.plan.optimizer, Adam):
             runs += [(offsets[f"v:{t.param}"] // 4, t.size) for t in program.trained]
-        return runs
+        chosen = [b for n, b in program.buffers.items() if n.startswith(("sums:", "gates:"))]
+        return runs + [(offsets[b.name] // 4, b.bytes // 4) for b in chosen]
 
     @property
     def trained_cases(self) -> str:

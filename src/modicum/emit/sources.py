@@ -18,11 +18,12 @@ API = ("init", "input", "predict", "train", "export_state", "import_state", "tra
 PROTOTYPES = ("prototypes_clear", "prototypes_add")
 SELECT = ("select", "selected")
 STEPS = ("steps_clear",)
+ATTEND = ("attend",)
 
 
 def one_plan(plan: Plan, name: str, values: Mapping[str, Array]) -> dict[str, str]:
     """Files by name; `values` are the parameters of the prepared graph."""
-    if len(plan.patterns) > 1:
+    if len(plan.patterns) > 1 or plan.attends:
         return _by_pattern(plan, name, values)
     constants = Constants(name, values, _symbols(plan, name, ()))
     schedule = Schedule(plan, constants)
@@ -41,14 +42,23 @@ def one_plan(plan: Plan, name: str, values: Mapping[str, Array]) -> dict[str, st
 
 
 def _by_pattern(plan: Plan, name: str, values: Mapping[str, Array]) -> dict[str, str]:
-    """A schedule for each pattern, in a file of its own; the net goes from one to the next."""
+    """A schedule for each pattern, and for each first pass, in a file of its own; the net goes from
+    one to the next."""
     patterns = [f"{name}_pattern{i}" for i in range(len(plan.patterns))]
     constants = Constants(name, values, _symbols(plan, name, ()), shared=True)
     schedules = [Schedule(plan, constants, i) for i in range(len(patterns))]
     common = _common(plan, name, schedules)
+    looks = {
+        i: (f"{name}_look{i}", Schedule(plan, constants, i, look=True))
+        for i, look in enumerate(plan.looks)
+        if look is not None
+    }
     header, definitions = _weights(name, constants, tables=True)
-    by_step = [patterns[plan.pattern_of(step)] for step in range(plan.inner_steps)]
-    parts = {"part": "net", "many": False, "s": schedules[0], "names": by_step}
+    steps = [plan.pattern_of(step) for step in range(plan.inner_steps)]
+    parts = {
+        **{"part": "net", "many": False, "s": schedules[0], "names": [patterns[i] for i in steps]},
+        "looks": [looks[i][0] if i in looks else None for i in steps],
+    }
     files = {
         f"{name}.h": render("net.h.j2", **common, members=()),
         f"{name}.c": render("patterns.c.j2", **common, **parts),
@@ -57,19 +67,33 @@ def _by_pattern(plan: Plan, name: str, values: Mapping[str, Array]) -> dict[str,
         "net.h": _shim(plan, name, ()),
         "README.md": _readme(common, (), plan.cost.flash_weights),
     }
-    return {**files, **_schedules("pattern", common, patterns, schedules)}
+    files |= _schedules(
+        "pattern", common, patterns, schedules, [name for name, _ in looks.values()]
+    )
+    for i, (symbol, s) in looks.items():
+        files[f"{symbol}.c"] = _schedule("pattern", common, symbol, i, s)
+    return files
 
 
 def _schedules(
-    part: str, common: dict[str, Any], names: Sequence[str], schedules: Sequence[Schedule]
+    part: str,
+    common: dict[str, Any],
+    names: Sequence[str],
+    schedules: Sequence[Schedule],
+    others: Sequence[str] = (),
 ) -> dict[str, str]:
-    """The files of members or patterns, and the header that they share."""
+    """The files of members or patterns, and the header that they share with `others`."""
     header = f"{common['net']}_{part}s.h"
-    files = {header: render("members.h.j2", **common, part=part, names=", ".join(names))}
+    declared = ", ".join([*names, *others])
+    files = {header: render("members.h.j2", **common, part=part, names=declared)}
     for i, (name, s) in enumerate(zip(names, schedules, strict=True)):
-        values = {**common, "plan": s.plan, "part": part, "index": i, "s": s}
-        files[f"{name}.c"] = render("member.c.j2", **values)
+        files[f"{name}.c"] = _schedule(part, common, name, i, s)
     return files
+
+
+def _schedule(part: str, common: dict[str, Any], symbol: str, index: int, s: Schedule) -> str:
+    more = {"plan": s.plan, "part": part, "symbol": symbol, "index": index, "s": s}
+    return render("member.c.j2", **{**common, **more})
 
 
 def candidate_set(candidates: Candidates, name: str, values: Mapping[str, Array]) -> dict[str, str]:
@@ -95,13 +119,19 @@ def candidate_set(candidates: Candidates, name: str, values: Mapping[str, Array]
 def functions(plan: Plan, members: Sequence[Plan]) -> tuple[str, ...]:
     """What the header declares, without the prefix."""
     refreshed = PROTOTYPES if plan.program.refresh is not None else ()
-    counted = STEPS if plan.inner_steps > 1 else ()
-    return (*API, *refreshed, *counted, *(SELECT if members else ()))
+    counted = STEPS if _paced(plan) else ()
+    attending = ATTEND if plan.attends else ()
+    return (*API, *refreshed, *counted, *attending, *(SELECT if members else ()))
+
+
+def _paced(plan: Plan) -> bool:
+    """Whether a task has a beginning that the net has to be told of."""
+    return plan.inner_steps > 1 or plan.attends
 
 
 def _symbols(plan: Plan, name: str, members: Sequence[Plan]) -> list[str]:
     more = [f"member{i}" for i in range(len(members))]
-    more += [f"pattern{i}" for i in range(len(plan.patterns))]
+    more += [f"{part}{i}" for i in range(len(plan.patterns)) for part in ("pattern", "look")]
     words = ("t", "member_t", "pattern_t", *functions(plan, members), *more)
     return [f"{name}_{word}" for word in words]
 
@@ -126,8 +156,10 @@ def _common(plan: Plan, name: str, schedules: Sequence[Schedule]) -> dict[str, A
         "learned": max(s.learned for s in schedules),
         "learned_floats": max(s.learned_floats for s in schedules),
         "inner_steps": plan.inner_steps,
-        "inner": f"m->progress.steps < {last}u ? m->progress.steps : {last}u",
-        "forget": plan.inner_steps > 1 and schedules[0].forget,
+        "inner": f"m->progress.steps < {last}u ? m->progress.steps : {last}u" if last else "0u",
+        "attends": plan.attends,
+        "paced": _paced(plan),
+        "forget": _paced(plan) and schedules[0].forget,
     }
 
 
@@ -150,7 +182,8 @@ def _shim(plan: Plan, name: str, members: Sequence[Plan]) -> str:
     lines += [f"#define MO_NET_{x} {name.upper()}_{x}" for x in macros]
     lines += [f"#define MO_NET_MEMBERS {len(members)} /* 0: one plan, nothing to select */"]
     lines += [f"#define MO_NET_PROTOTYPES {int(plan.program.refresh is not None)}"]
-    if plan.inner_steps > 1:
+    lines += [f"#define MO_NET_ATTEND {plan.accumulate if plan.attends else 0} /* samples */"]
+    if _paced(plan):
         lines.append(f"#define MO_NET_INNER_STEPS {name.upper()}_INNER_STEPS")
     names = ("t", *(f for f in functions(plan, members) if f != "size"))
     lines += [f"#define mo_net_{x} {name}_{x}" for x in names]

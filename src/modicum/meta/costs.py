@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
 from modicum.apply import apply
+from modicum.attended import attach
 from modicum.capture import capture
 from modicum.live import LiveBytes
 from modicum.lower import Loss
 from modicum.meta.inner import loss_of
 from modicum.meta.learner import GradientLearner, Learner
 from modicum.meta.memory import StepMemory, dynamic_bytes
-from modicum.meta.plans import layers_of_steps
+from modicum.meta.plans import method_of
 from modicum.meta.pmeta import PMetaLearner
 from modicum.optim import SGD
 from modicum.plan import Plan, plan
@@ -24,9 +27,8 @@ def adaptation_cost(
 ) -> AdaptationCost:
     """All inner steps of a judged task on a support set (n, ...), (n,), which passes at once.
 
-    `net` is the plain one that the learner was made of.  p-Meta with attention is measured with
-    all channels of its layers, more than attention leaves; by plan it counts the most channels
-    that attention can leave.
+    `net` is the plain one that the learner was made of.  For p-Meta with attention the plan counts
+    the most channels that attention can leave, and what is measured has those that it chose.
     """
     x, y = support
     sample, n = tuple(x.shape[1:]), len(x)
@@ -35,12 +37,15 @@ def adaptation_cost(
         forward = memory.forward_peak(frozenset())
         return AdaptationCost(samples=n, forward=forward, macs=memory.macs(frozenset())[0])
     loss: Loss = "mse" if y.is_floating_point() else "cross_entropy"
+    if isinstance(learner, PMetaLearner):
+        net = copy.deepcopy(net)
+        attach(net, learner.attended, learner.rule.rho)
     graph = capture(net.eval(), torch.zeros(1, *sample))
-    made = plan(graph, None, layers_of_steps(learner, n), SGD(lr=1.0), loss=loss)
+    made = plan(graph, None, method_of(learner, n), SGD(lr=1.0), loss=loss)
     programs = [made.programs[made.pattern_of(k)] for k in range(learner.judged)]
     peaks = [dynamic_bytes(p, n) for p in programs]
     macs = [n * sum(m.forward + m.dx + m.dw for m in p.macs.values()) for p in programs]
-    if isinstance(learner, PMetaLearner) and len(learner.attention):
+    if isinstance(learner, PMetaLearner) and learner.attended:
         norms = learner.norms != "frozen"
         memory = StepMemory(net, sample, n, learner.slices(), batch_norms=norms, loss=loss)
         active = [learner.active(min(k, learner.steps - 1)) for k in range(learner.judged)]

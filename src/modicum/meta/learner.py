@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from modicum.attended import detach, without_attention
 from modicum.errors import UsageError
 from modicum.graph import Frozen
 from modicum.meta.inner import Loss, Params, clear_errors, loss_of, output, own_params
@@ -75,6 +76,7 @@ class GradientLearner(Learner):
         self, net: nn.Module, norms: Norms, steps: int, judged: int, multi_step: float = 0.0
     ) -> None:
         super().__init__()
+        net = without_attention(net)
         self.net = with_norms(net, norms, steps)
         self.plain = (copy.deepcopy(net),)  # its structure; no submodule
         self.steps, self.judged, self.norms = steps, judged, norms
@@ -139,6 +141,7 @@ class GradientLearner(Learner):
             output(self.net, own_params(self.net), xq, 0)
 
     def write_to(self, net: nn.Module) -> None:
+        detach(net)  # of an earlier training
         state = plain_state(self.net)
         known = net.state_dict()
         odd = {k for k in known if k not in state and not k.endswith("num_batches_tracked")}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from modicum.attended import without_attention
 from modicum.capture import capture
 from modicum.graph import Graph
 from modicum.lower import Loss, Program, lower, lower_inference
@@ -21,7 +22,8 @@ from modicum.selection import Selection, Slice, Update
 class StepMemory:
     """Peak dynamic memory and MACs of the inner steps of a net on `samples` of a shape.
 
-    `slices` are those of a layer's weight that are computed at most; `batch_norms`: norms use the
+    `slices` are those of a layer's weight that are computed at most, in the place of attention that
+    chooses them; `batch_norms`: norms use the
     statistics of the batch, and so keep their inputs.
     """
 
@@ -34,7 +36,7 @@ class StepMemory:
         batch_norms: bool = True,
         loss: Loss = "cross_entropy",
     ) -> None:
-        net = net.cpu().eval()
+        net = without_attention(net).cpu().eval()
         self.graph: Graph = capture(net, torch.zeros(1, *sample))
         self.samples, self.slices, self.loss = samples, dict(slices or {}), loss
         norms = [n.name for n in self.graph.nodes if n.op == "batch_norm"]

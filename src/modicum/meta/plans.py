@@ -16,19 +16,9 @@ def method_of(learner: Learner, samples: int, steps: int | None = None) -> Expli
     For a plan with ``SGD(lr=1.0)`` and ``accumulate=samples``, the size of a support set, whose
     gradients are averaged.  `steps`: as many inner steps, those of a task that is judged by
     default.  Norms that use the statistics of the batch are named; per-step scales and shifts are
-    those of the first step.  Raises UsageError for a rule without gradient steps, and for p-Meta
-    with channel attention, which a plan cannot say: see `layers_of_steps`.
+    those of the first step.  p-Meta's channel attention is part of the net that `write_to` gave it
+    to, which the method is for.  Raises UsageError for a rule without gradient steps.
     """
-    if isinstance(learner, PMetaLearner) and len(learner.attention):
-        raise UsageError(
-            "a plan has fixed channels, and attention chooses them anew in each step",
-            hint="--rule p-meta:channels=none",
-        )
-    return layers_of_steps(learner, samples, steps)
-
-
-def layers_of_steps(learner: Learner, samples: int, steps: int | None = None) -> Explicit:
-    """`method_of` with all channels of the layers that a step updates."""
     if not isinstance(learner, GradientLearner):
         raise UsageError("the rule takes no gradient steps", hint="plan --ways, with a method")
     if samples < 1:
@@ -45,7 +35,16 @@ def layers_of_steps(learner: Learner, samples: int, steps: int | None = None) ->
     return Explicit(
         params={name: {"rates": _short(r)} for name, r in rates.items() if any(r)},
         batch_norms=norms,
+        attended=_attended(learner, rates),
     )
+
+
+def _attended(learner: Learner, rates: dict[str, tuple[float, ...]]) -> tuple[str, ...]:
+    """The weights of which attention chooses the channels, where some step updates them."""
+    if not isinstance(learner, PMetaLearner):
+        return ()
+    weights = (f"{layer}.weight" for layer in learner.attended)
+    return tuple(name for name in weights if any(rates.get(name, ())))
 
 
 def _short(rates: tuple[float, ...]) -> tuple[float, ...]:

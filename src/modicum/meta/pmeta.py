@@ -11,15 +11,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from modicum.attended import Branch, ChannelAttention, attach
 from modicum.errors import UsageError
 from modicum.heads import last_linear
 from modicum.lower import Loss as LossName
-from modicum.meta.attention import Branch, ChannelAttention, clip, magnitudes, most_kept
 from modicum.meta.inner import Loss, Params, differentiate, loss_of, output, own_params
 from modicum.meta.learner import GradientLearner
 from modicum.meta.maml import MAML
 from modicum.meta.memory import StepMemory
 from modicum.meta.norms import transformed
+from modicum.ops.attention import clip, magnitudes, most_kept
 from modicum.selection import Slice
 from modicum.units import Size, parse_size
 
@@ -171,16 +172,24 @@ class PMetaLearner(GradientLearner):
         bw = attention.bw and clip(attention.bw(magnitudes(dy)), self.rule.rho)
         return fw, bw
 
+    def write_to(self, net: nn.Module) -> None:
+        """The attention becomes part of `net`: of its layers, and of its state dict."""
+        super().write_to(net)
+        attach(net, self.attended, self.rule.rho)
+
+    @property
+    def attended(self) -> dict[str, ChannelAttention]:
+        """The layers that have attention to a side."""
+        found = {name: a for name in self.layers if (a := self._of(name)) is not None}
+        return {name: a for name, a in found.items() if a.fw is not None or a.bw is not None}
+
     def slices(self) -> dict[str, Slice]:
         """Stand-ins for what is computed of each layer's weight at most."""
-        found = {}
-        for name in self.layers:
-            attention = self._of(name)
-            if attention is not None:
-                found[name] = Slice(
-                    out=_first(attention.bw, self.rule.rho), inp=_first(attention.fw, self.rule.rho)
-                )
-        return found
+        rho = self.rule.rho
+        return {
+            name: Slice(out=_first(attention.bw, rho), inp=_first(attention.fw, rho))
+            for name, attention in self.attended.items()
+        }
 
     def _of(self, layer: str) -> ChannelAttention | None:
         found = dict(self.attention.items()).get(layer.replace(".", "/"))

@@ -11,6 +11,7 @@ from modicum.errors import UsageError
 from modicum.graph import Frozen, Graph
 from modicum.methods.base import Method
 from modicum.ops import OPS
+from modicum.ops.attention import sides
 from modicum.selection import Rates, Selection, Slice, Update
 
 
@@ -36,16 +37,24 @@ class Explicit(Method):
     channel list applies where the axis exists: `inp` is ignored on biases.  The first pattern
     that matches a parameter decides.  `batch_norms` and `sign` are patterns of nodes: norms that
     use and follow batch statistics, activations with a sign mask for their derivative.  A pattern
-    without a match is an error.
+    without a match is an error.  `attended` are weights whose layers have to have channel attention
+    (p-Meta), so that a method is not used for the same model without it.
     """
 
     kind: Literal["explicit"] = "explicit"
     params: Annotated[dict[str, Channels | None], Field(min_length=1)]
     batch_norms: tuple[str, ...] = ()
     sign: tuple[str, ...] = ()
+    attended: tuple[str, ...] = ()
 
     def select(self, graph: Graph) -> Selection:
         names = graph.trainable()
+        for name in self.attended:
+            if not any(sides(node) for node, _ in graph.users_of(name)):
+                raise UsageError(
+                    f"the model has no channel attention at {name!r}, by which the method chooses",
+                    hint="the weights that p-Meta's training wrote, weights.pt, which carry it",
+                )
         for pattern in self.params:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UsageError(

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modicum.errors import InvalidInput, UsageError
+from modicum.attended import attach_as_in, detach
+from modicum.errors import InvalidInput, ModicumError, UsageError
 from modicum.methods.tinytl import in_lite
 from modicum.models.inverted_residual import Backbone
 from modicum.models.sources import SOURCES, names
@@ -48,7 +49,8 @@ def load_weights(
     net's own names, which is all that a net from elsewhere can load; auto tells by the names.
 
     Weights for another number of classes leave the classifier of a `Backbone` as initialised.
-    num_batches_tracked is ignored.  Anything else that does not fit raises InvalidInput, and the
+    num_batches_tracked is ignored.  Channel attention that p-Meta has learned becomes part of the
+    net's layers.  Anything else that does not fit raises InvalidInput, and the
     net is as it was.
 
     >>> from modicum.models import MobileNetV2
@@ -56,6 +58,15 @@ def load_weights(
     1000 classes in the weights, 5 in the net
     """
     state = read_weights(weights) if isinstance(weights, str | Path) else _checked(weights)
+    attended = attach_as_in(net, state)
+    try:
+        return _load(net, state, source)
+    except ModicumError:
+        detach(net, attended)
+        raise
+
+
+def _load(net: nn.Module, state: Mapping[str, Tensor], source: str) -> Loaded:
     if source == "auto":
         source = _source(net, state)
     theirs, strangers = _renamed(net, state, source)

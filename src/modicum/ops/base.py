@@ -24,27 +24,33 @@ NO_LO, NO_HI = "MO_NO_LO", "MO_NO_HI"
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients a node owes: one flag per input, a slice per trained parameter role."""
+    """Which gradients a node owes: one flag per input, a slice per trained parameter role.
+
+    `looks`: the sides ("fw", "bw") whose magnitudes it adds up for its channel attention.
+    """
 
     dx: tuple[bool, ...]
     params: Mapping[str, Slice] = field(default_factory=dict)
+    looks: tuple[str, ...] = ()
 
     @property
     def any(self) -> bool:
-        return any(self.dx) or bool(self.params)
+        """Whether the gradient of its output is asked for."""
+        return any(self.dx) or bool(self.params) or "bw" in self.looks
 
 
 @dataclass(frozen=True)
 class Kept:
     """Something kept from the forward pass until the node's backward pass.
 
-    value: the tensor `value` itself; channels: only `channels` of it; mask: one bit per element
+    value: the tensor `value` itself; channels: only `channels` of it; gated: those that attention
+    chooses, of which there are at most so many; mask: one bit per element
     of `value`, set where the node passes gradient; code: the winner of each max-pool window in
     `bits` bits; stats: means and 1 / standard deviations that a norm computed.  `bytes` is for
     one sample.
     """
 
-    kind: Literal["value", "channels", "mask", "code", "stats"]
+    kind: Literal["value", "channels", "gated", "mask", "code", "stats"]
     value: str
     bytes: int
     channels: tuple[int, ...] | None = None
@@ -169,7 +175,8 @@ class BackwardArgs(ForwardArgs):
 
     `dy` is the gradient buffer of the output, `kept` maps what `saved` listed to buffers, `dx`
     is the buffer of the input gradient being written, `accumulate` adds to it.  `wanted` is what
-    `saved` was asked with, `space` a buffer of as many floats as `workspace` says.
+    `saved` was asked with, `space` a buffer of as many floats as `workspace` says.  `gates` are
+    those of the input and the output channels, where attention chooses them.
     """
 
     dy: str = ""
@@ -178,6 +185,7 @@ class BackwardArgs(ForwardArgs):
     kept: tuple[str, ...] = ()
     wanted: Wanted = field(default_factory=lambda: Wanted(()))
     space: str = ""
+    gates: tuple[Buf | None, Buf | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -298,6 +306,17 @@ class Op:
         ``b.kept`` to the channels that `saved` names.
         """
         raise NotImplementedError
+
+    def c_gated(self, b: BackwardArgs, role: str, grad: Buf, acc: bool) -> Call:
+        """The call that writes the gradient of the channels that ``b.gates`` let through.
+
+        Those of ``b.kept`` are gathered, and of ``b.dy`` for a weight where `gathers_gated`.
+        """
+        raise NotImplementedError
+
+    def gathers_gated(self, node: Node) -> bool:
+        """Whether `c_gated` takes the chosen channels of dy one after the other."""
+        return True
 
     def c_follow(self, b: BackwardArgs) -> Call:
         """The call that moves what `states` lists, once the sample's loss is known to be finite."""

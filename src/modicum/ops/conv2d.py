@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import ClassVar
 
 from modicum.graph import Graph, Node, Shape
+from modicum.ops import attention
 from modicum.ops.attributes import SMALLEST, number, whole, wholes
 from modicum.ops.base import (
     Buf,
@@ -51,6 +52,7 @@ class Conv2d(Op):
             raise ValueError("the bias does not have one entry per output channel")
         if "standardise" in node.attrs:
             number(node, "standardise", SMALLEST)
+        attention.check(node, params, c, out_c, groups)
         out_h = (h + top + bottom - dh * (kh - 1) - 1) // sh + 1
         out_w = (w + left + right - dw * (kw - 1) - 1) // sw + 1
         return (n, out_c, out_h, out_w)
@@ -60,10 +62,12 @@ class Conv2d(Op):
         if s is None:
             return ()
         x, shape = graph.values[node.inputs[0]], _weight(graph, node)
+        if "fw" in attention.sides(node):
+            return (attention.kept(graph, node),)
         inside, chosen = range(shape[1]) if s.inp is None else s.inp, by_group(node, shape, s)
         if len(inside) * len(chosen) == x.shape[1]:
             return (Kept("value", x.name, x.bytes, why="input, for the weight gradient"),)
-        channels = tuple(g * shape[1] + i for g in chosen for i in inside)
+        channels = inputs_of(node, shape, s)
         return (
             Kept(
                 "channels",
@@ -80,6 +84,8 @@ class Conv2d(Op):
         full = out_c * in_g * kh * kw * out_h * out_w
         s = wanted.params.get("weight")
         dw = 0
+        if attention.gated(node, wanted):
+            s = attention.worst(graph, node)
         if s is not None:
             share = count(s.out, out_c) * count(s.inp, in_g)
             dw = share * kh * kw * out_h * out_w
@@ -212,6 +218,13 @@ class Conv2d(Op):
             done += n
         return GradCall(tuple(calls), 1, done * row_elems)
 
+    def c_gated(self, b, role, grad, acc):
+        macs = self.macs(b.graph, b.node, b.wanted).dw
+        return attention.c_gradient(b, role, grad, acc, geometry(b.graph, b.node), macs)
+
+    def gathers_gated(self, node):
+        return _groups(node) == 1
+
     def slices_rows(self, graph, node, wanted):
         return not alike(by_group(node, _weight(graph, node), wanted.params["weight"]))
 
@@ -223,6 +236,12 @@ class Conv2d(Op):
         (_, _, in_h, in_w), (_, _, h, w) = graph.shape(node.inputs[0]), graph.shape(node.name)
         most = max(map(len, by_group(node, (out_c, in_g), s).values()))
         return in_h * in_w * count(s.inp, in_g) + h * w * most
+
+
+def inputs_of(node: Node, weight: Shape, s: Slice) -> tuple[int, ...]:
+    """The input channels that the gradient of a slice of a weight is made of."""
+    inside = range(weight[1]) if s.inp is None else s.inp
+    return tuple(g * weight[1] + i for g in by_group(node, weight, s) for i in inside)
 
 
 def by_group(node: Node, weight: Shape, s: Slice) -> dict[int, tuple[int, ...]]:

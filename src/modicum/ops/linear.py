@@ -5,6 +5,7 @@ y = x w^T + b; dx = dy w; dw = dy^T x; db = sum dy
 
 from __future__ import annotations
 
+from modicum.ops import attention
 from modicum.ops.base import (
     Buf,
     Call,
@@ -36,6 +37,9 @@ class Linear(Op):
             raise ValueError(f"{features} features do not fit a weight of {out} x {inp}")
         if "bias" in node.params and params[node.params["bias"]].shape != (out,):
             raise ValueError("the bias does not have one entry per output")
+        if attention.sides(node) and len(inputs[0]) != 2:
+            raise ValueError("attention to the channels of rows: it takes inputs of rank 2")
+        attention.check(node, params, inp, out, 1)
         return (*lead, out)
 
     def saved(self, graph, node, wanted):
@@ -43,6 +47,8 @@ class Linear(Op):
         if s is None:
             return ()
         x = graph.values[node.inputs[0]]
+        if "fw" in attention.sides(node):
+            return (attention.kept(graph, node),)
         if s.inp is None:
             return (Kept("value", x.name, x.bytes, why="input, for the weight gradient"),)
         part = x.bytes // x.shape[-1] * len(s.inp)
@@ -54,6 +60,8 @@ class Linear(Op):
         rows, _ = channels_last(graph.shape(node.name))
         full = rows * out * inp
         s = wanted.params.get("weight")
+        if attention.gated(node, wanted):
+            s = attention.worst(graph, node)
         dw = 0 if s is None else rows * count(s.out, out) * count(s.inp, inp)
         return Macs(forward=full, dx=full if wanted.dx[0] else 0, dw=dw)
 
@@ -99,6 +107,10 @@ class Linear(Op):
         geo = _as_conv(b.graph, b.node, n_out, n_inp)
         args = (grad, Buf(b.dy), Buf(b.kept[0]), geo, Expr("row"), Expr("row_end"), int(acc))
         return GradCall((Call("mo_conv2d_dw", args, macs),), n_out, n_inp)
+
+    def c_gated(self, b, role, grad, acc):
+        macs = self.macs(b.graph, b.node, b.wanted).dw
+        return attention.c_gradient(b, role, grad, acc, _as_conv(b.graph, b.node), macs)
 
 
 def _as_conv(graph, node, out=None, inp=None) -> Struct:

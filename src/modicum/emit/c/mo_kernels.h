@@ -225,6 +225,31 @@ int mo_prototype_add(float *prototypes, const float *x, int32_t label, int32_t f
 void mo_fisher(float *score, const float *dy, const float *x, int32_t pixels, int32_t c,
                int accumulate);
 
+/* ---- attention.c: gates of channels, 0 where one is left out; NULL gates let all through.  Chosen
+        channels lie side by side, in their order; `most` bounds how many there are ---- */
+/* sums[j] += |x[j]| over pixels */
+void mo_magnitudes(float *sums, const float *x, int32_t pixels, int32_t c);
+/* v = scale sums, s = softmax(up relu(down v / (mean v + 1e-12) + down_bias) + up_bias): the largest
+   s are kept until their sum exceeds rho, of equal ones the first, and scaled to a mean of 1.
+   down is [width][channels], hidden has room for width floats; sums are overwritten */
+void mo_gates(float *gates, float *sums, float *hidden, const float *down, const float *down_bias,
+              const float *up, const float *up_bias, int32_t channels, int32_t width, float scale,
+              float rho, int32_t most);
+/* the chosen ones of c channels in each of the rows of src */
+void mo_gather_gated(float *dst, const float *src, const float *gates, int32_t rows, int32_t c,
+                     int32_t most);
+/* the gradient of a bias for the chosen ones of the c channels of dy */
+void mo_gated_bias_grad(float *db, const float *dy, const float *gates, int32_t pixels, int32_t c,
+                        int32_t most, int accumulate);
+/* dw[a][tap][b] of the a-th chosen output and the b-th chosen input channel, without their gates;
+   x, and dy where g has one group, are gathered already */
+void mo_gated_dw(float *dw, const float *dy, const float *x, const float *fw, const float *bw,
+                 const mo_conv_t *g, int32_t most_in, int32_t most_out, int accumulate);
+/* w -= lr * bw * fw * g for what is chosen of w, whose rows and taps are so many floats apart */
+void mo_gated_step(float *w, const float *g, const float *fw, const float *bw, int32_t rows,
+                   int32_t taps, int32_t columns, int32_t row, int32_t tap, int32_t most_out,
+                   int32_t most_in, float lr);
+
 /* ---- loss.c: own exp and log (no libm), relative error below 1e-6 ---- */
 float mo_exp(float x);
 float mo_log(float x);

@@ -21,7 +21,8 @@ enum {
   MO_E_CRC = -8,       /* the blob is damaged */
   MO_E_VALUE = -9,     /* the blob holds values that no training can reach */
   MO_E_FEATURES = -10, /* the features of a sample are not finite; no prototype changed */
-  MO_E_MEMBER = -11    /* there is no such member of the set */
+  MO_E_MEMBER = -11,   /* there is no such member of the set */
+  MO_E_ATTEND = -12    /* a sample to learn before all were attended to, or the other way round */
 };
 
 const char *mo_status_text(int status);

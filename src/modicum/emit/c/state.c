@@ -23,6 +23,7 @@ const char *mo_status_text(int status)
   case MO_E_VALUE: return "the state holds values that no training can reach";
   case MO_E_FEATURES: return "the features are not finite; no prototype changed";
   case MO_E_MEMBER: return "there is no such member";
+  case MO_E_ATTEND: return "an update attends to all its samples, then learns from all of them";
   default: return "unknown status";
   }
 }

@@ -159,6 +159,22 @@ static int prepare(int32_t index, const mo_check_member_t *member)
   return status == 0 ? PORT_OK : fail(0, "init", status);
 }
 
+#if MO_NET_ATTEND
+/* Before the first sample of an update: all of them, for the attention that chooses channels. */
+static int attend(const mo_check_member_t *member, int32_t step)
+{
+  int status = 0;
+  for (int32_t i = step; status == 0 && i < step + MO_NET_ATTEND && i < member->step_count; i++) {
+#if MO_NET_TARGETS > 0
+    status = mo_net_attend(&net, member->steps[i].input, member->steps[i].target);
+#else
+    status = mo_net_attend(&net, member->steps[i].input, member->steps[i].label);
+#endif
+  }
+  return status == 0 ? PORT_OK : fail(step, "attend", status);
+}
+#endif
+
 int main(int argc, char **argv)
 {
   (void)argc;
@@ -167,6 +183,12 @@ int main(int argc, char **argv)
     const mo_check_member_t *member = &mo_check_members[index];
     int code = prepare(index, member);
     for (int32_t step = 0; code == PORT_OK && step < member->step_count; step++) {
+#if MO_NET_ATTEND
+      code = step % MO_NET_ATTEND == 0 ? attend(member, step) : PORT_OK;
+      if (code != PORT_OK) {
+        return code;
+      }
+#endif
       code = check_step(step, &member->steps[step]);
       steps_compared++;
     }

@@ -14,17 +14,18 @@
             5 add to prototype   as train; the label's
             6 select             nothing; the label is the member's index
             7 clear steps        nothing
+            8 attend             as train
    trace  header   'MOTR' 1 n_outputs n_trained arena_planned flags
           record   kind status loss elapsed, then by kind
             0                    logits[n_outputs], only if status is 0
             1                    trained[n_trained], only with JOB_PARAMETERS
             2                    length, blob padded with zeros to 4 bytes, only if status is 0
-            3, 4, 5, 7           nothing
+            3, 4, 5, 7, 8        nothing
             6                    n_trained of the member, only if status is 0
           trailer  'MOND' arena_high_water stack_high_water stack_size data bss net records status
                    peak_rss
 
-   `elapsed` covers the call of mo_net_train, _predict or _prototypes_add and about 14 instructions
+   `elapsed` covers the call of mo_net_train, _attend, .. and about 14 instructions
    around it: on a board executed instructions, on the host microseconds.  `net` is the size of the
    net's state with the guard behind it, `records` how many were carried out, `status` the exit code,
    `peak_rss` that of the host's process in KiB.  A sample is read straight into the arena, so that no
@@ -51,7 +52,8 @@ enum {
   JOB_CLEAR = 4,
   JOB_ADD = 5,
   JOB_SELECT = 6,
-  JOB_CLEAR_STEPS = 7
+  JOB_CLEAR_STEPS = 7,
+  JOB_ATTEND = 8
 };
 
 /* flags of a job, repeated in its trace */
@@ -197,6 +199,14 @@ static int run_sample(uint32_t kind, int32_t label, uint32_t record, uint32_t fl
   } else if (kind == JOB_ADD) {
     status = mo_net_prototypes_add(net, input, label);
 #endif
+#if MO_NET_ATTEND
+  } else if (kind == JOB_ATTEND) {
+#if MO_NET_TARGETS > 0
+    status = mo_net_attend(net, input, targets);
+#else
+    status = mo_net_attend(net, input, label);
+#endif
+#endif
   } else {
 #if MO_NET_TARGETS > 0
     (void)label;
@@ -309,6 +319,9 @@ static int run_record(uint32_t record, uint32_t flags)
   case JOB_CLEAR:
     return clear_prototypes();
   case JOB_ADD:
+#endif
+#if MO_NET_ATTEND
+  case JOB_ATTEND:
 #endif
   case JOB_PREDICT:
   case JOB_TRAIN:
