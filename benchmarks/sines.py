@@ -54,9 +54,13 @@ def main() -> None:
             continue
         curves = [trained(args, label, rule, seed) for seed in range(args.seeds)]
         mean, spread = np.mean(curves, 0), np.std(curves, 0, ddof=1) if len(curves) > 1 else None
-        half = None if spread is None else (1.96 * spread / len(curves) ** 0.5).tolist()
-        rows.append({"rule": label, "steps": STEPS, "mse": mean.tolist(), "interval": half})
-        print(f"{label:8} " + "  ".join(f"{k}: {v:.3f}" for k, v in zip(STEPS, mean, strict=True)))
+        half = None if spread is None else 1.96 * spread / len(curves) ** 0.5
+        shown = {
+            f"after {k}": f"{mean[i]:.3f}" + ("" if half is None else f" ± {half[i]:.3f}")
+            for i, k in enumerate(STEPS)
+        }
+        rows.append({"rule": label, "seeds": len(curves), **shown})
+        print(f"{label:8} " + "  ".join(f"{k}: {v}" for k, v in shown.items()))
     if args.json:
         made = {
             "command": f"python benchmarks/sines.py --seeds {args.seeds} --epochs {args.epochs} "
