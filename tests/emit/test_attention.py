@@ -85,7 +85,7 @@ def build(name: str) -> Built:
         net = layers(6)
         learner.write_to(net)
         graph = mo.capture(net, torch.zeros(1, 3, 6, 6))
-        plan = mo.plan(graph, None, method_of(learner, 4), mo.SGD(lr=1.0), accumulate=4)
+        plan = mo.plan(graph, None, method_of(learner), mo.SGD(lr=1.0), accumulate=4)
         return Built(None, net, graph, plan)
     net = randomise(layers(2 if name == "pairs" else 6))
     if name in ("fw", "bw", "both"):
@@ -142,7 +142,7 @@ def test_what_c_learns_in_a_task_is_what_the_rule_learns(workshop: Workshop):
     net = layers(6)
     learner.write_to(net)
     graph = mo.capture(net, torch.zeros(1, 3, 6, 6))
-    plan = mo.plan(graph, None, method_of(learner, 4), mo.SGD(lr=1.0), accumulate=4)
+    plan = mo.plan(graph, None, method_of(learner), mo.SGD(lr=1.0), accumulate=4)
     built = Built(None, net, graph, plan)
     x, y = samples(graph, plan.loss, 4)
     with torch.no_grad():

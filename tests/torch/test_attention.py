@@ -64,7 +64,7 @@ def learned(net: nn.Module, shape=(2, 6, 6), loss="mse", accumulate=SAMPLES, **f
     attended = copy.deepcopy(net)
     learner.write_to(attended)
     graph = mo.capture(attended, torch.zeros(1, *shape))
-    method = method_of(learner, SAMPLES)
+    method = method_of(learner)
     plan = mo.plan(graph, None, method, mo.SGD(lr=1.0), loss=loss, accumulate=accumulate)
     return Learned(net, learner, attended, graph, plan)
 
@@ -239,7 +239,7 @@ def test_back_propagation_stops_at_the_lowest_layer_that_a_step_updates():
     assert made.plan.steps[1].trains[0] == "2"
     assert not program.wanted["0"].any and not any(program.wanted["2"].dx)
     plain = mo.capture(made.net, torch.zeros(1, 2, 6, 6))
-    whole = mo.plan(plain, None, method_of(made.learner, SAMPLES).model_copy(
+    whole = mo.plan(plain, None, method_of(made.learner).model_copy(
         update={"attended": ()}), mo.SGD(lr=1.0), loss="mse", accumulate=SAMPLES)  # fmt: skip
     for a, b in zip(made.plan.steps, whole.steps, strict=True):
         assert a.saved < b.saved and a.macs_backward < b.macs_backward
@@ -329,7 +329,7 @@ def test_a_method_of_attention_is_refused_for_the_net_without_it():
     made = learned(randomise(layers()))
     plain = mo.capture(made.net, torch.zeros(1, 2, 6, 6))
     with pytest.raises(UsageError, match=r"no channel attention at '0\.weight'"):
-        mo.plan(plain, None, method_of(made.learner, SAMPLES), mo.SGD(lr=1.0))
+        mo.plan(plain, None, method_of(made.learner), mo.SGD(lr=1.0))
 
 
 @pytest.mark.parametrize(

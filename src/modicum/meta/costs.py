@@ -41,7 +41,7 @@ def adaptation_cost(
         net = copy.deepcopy(net)
         attach(net, learner.attended, learner.rule.rho)
     graph = capture(net.eval(), torch.zeros(1, *sample))
-    made = plan(graph, None, method_of(learner, n), SGD(lr=1.0), loss=loss)
+    made = plan(graph, None, method_of(learner), SGD(lr=1.0), loss=loss)
     programs = [made.programs[made.pattern_of(k)] for k in range(learner.judged)]
     peaks = [dynamic_bytes(p, n) for p in programs]
     macs = [n * sum(m.forward + m.dx + m.dw for m in p.macs.values()) for p in programs]

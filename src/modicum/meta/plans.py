@@ -10,19 +10,18 @@ from modicum.meta.pmeta import PMetaLearner
 from modicum.methods import Explicit
 
 
-def method_of(learner: Learner, samples: int, steps: int | None = None) -> Explicit:
+def method_of(learner: Learner, steps: int | None = None) -> Explicit:
     """The inner rule of a learner: the parameters that it moves, with a step size per inner step.
 
-    For a plan with ``SGD(lr=1.0)`` and ``accumulate=samples``, the size of a support set, whose
-    gradients are averaged.  `steps`: as many inner steps, those of a task that is judged by
-    default.  Norms that use the statistics of the batch are named; per-step scales and shifts are
-    those of the first step.  p-Meta's channel attention is part of the net that `write_to` gave it
-    to, which the method is for.  Raises UsageError for a rule without gradient steps.
+    For a plan with ``SGD(lr=1.0)`` and, where samples pass one by one, ``accumulate`` as large as a
+    support set, whose gradients are averaged.  `steps`: as many inner steps, those of a task that
+    is judged by default.  Norms that use the statistics of the batch are named; per-step scales and
+    shifts are those of the first step.  p-Meta's channel attention is part of the net that
+    `write_to` gave it to, which the method is for.  Raises UsageError for a rule without gradient
+    steps.
     """
     if not isinstance(learner, GradientLearner):
         raise UsageError("the rule takes no gradient steps", hint="plan --ways, with a method")
-    if samples < 1:
-        raise UsageError(f"a support set of {samples} samples", hint="1 or more")
     count = learner.judged if steps is None else steps
     if count < 1:
         raise UsageError("a plan of no inner step updates nothing", hint="steps from 1 on")

@@ -217,7 +217,7 @@ class _Run:
         if not isinstance(self.learner, GradientLearner) or not self.learner.judged:
             return
         with suppress(UsageError):
-            method = method_of(self.learner, len(self.source.draw(0, 0)[0]))
+            method = method_of(self.learner)
             (self.folder / "method.json").write_text(method.model_dump_json(indent=1) + "\n")
 
     def best_epoch(self) -> int:
