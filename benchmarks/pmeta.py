@@ -74,15 +74,19 @@ SETTINGS = {
 }
 
 
+PMETA = PMeta(rate=0.1, norms="per-step")
+
+
 def main_set() -> dict[str, Rule]:
     """The rows of the table: one step size for all, but a larger one for ANIL, whose head alone
-    moves; MAML++ and p-Meta begin with it and learn theirs."""
+    moves; MAML++ and p-Meta begin with it and learn theirs, both with norms for each step."""
     return {
         "MAML": MAML(rate=0.1),
         "ANIL": ANIL(rate=0.5),
         "BOIL": BOIL(rate=0.1),
         "MAML++": MAMLPP(rate=0.1),
-        "p-Meta": PMeta(rate=0.1),
+        "p-Meta": PMETA,
+        "p-Meta, batch norms": PMETA.model_copy(update={"norms": "batch"}),
         "ProtoNet": ProtoNet(norms="batch"),
         "Reptile": Reptile(rate=0.1),
     }
@@ -97,7 +101,7 @@ def frozen_set() -> dict[str, Rule]:
 
 
 def ablation_set() -> dict[str, Rule]:
-    base = PMeta(rate=0.1)
+    base = PMETA
     made = {
         "layers only": base.model_copy(update={"channels": "none"}),
         "channels only, both": base.model_copy(update={"share": 1.0}),

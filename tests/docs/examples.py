@@ -277,6 +277,12 @@ _PAIRS = (
     ("ImageNet", "ImageNet", ""),
     ("meta-trained", "meta-trained", ""),
 )
+_SPEED = (
+    ("what", "what", ""),
+    ("an update, s", "seconds", ".3f"),
+    ("tasks a second", "tasks_per_second", ".1f"),
+    ("ratio", "ratio", ".2f"),
+)
 _RETURNS = (
     ("rule", "rule", ""),
     ("seeds", "seeds", ""),
@@ -385,13 +391,8 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("rule", "rule", ""),
         *((f"after {k}", f"after {k}", "") for k in (0, 1, 2, 5, 10)),
     ),
-    "maml_speed": (
-        ("what", "what", ""),
-        ("seconds an update", "seconds", ".3f"),
-        ("tasks a second", "tasks_per_second", ".1f"),
-        ("ratio", "ratio", ".2f"),
-        ("gradient apart", "apart", ".0e"),
-    ),
+    "maml_speed": (*_SPEED, ("apart", "apart", ".0e")),
+    "maml_speed_two": _SPEED,
     "rl_navigation": _RETURNS,
     "rl_cheetah": _RETURNS,
     "tinytrain_pairs": _PAIRS,
@@ -421,6 +422,7 @@ SOURCES = {
     "tinytrain_pairs_all": ("tinytrain_main", "pairs_all"),
     "tinytrain_pairs_apart": ("tinytrain_apart", "pairs_far"),
     "tinytrain_pairs_ablation": ("tinytrain_ablation", "pairs_far"),
+    "maml_speed_two": ("maml_speed", "two_cores"),
     "rl_navigation": ("rl_navigation", "summary"),
     "rl_cheetah": ("rl_cheetah", "summary"),
 }
