@@ -64,7 +64,8 @@ def main() -> None:
     if args.json:
         made = {
             "command": f"python benchmarks/sines.py --seeds {args.seeds} --epochs {args.epochs} "
-            f"--json {args.json.name}",
+            + (f"--rules '{args.rules}' " if args.rules else "")
+            + f"--json {args.json.name}",
             "python": platform.python_version(), "torch": torch.__version__, "rows": rows,
         }  # fmt: skip
         args.json.write_text(json.dumps(made, indent=1) + "\n")

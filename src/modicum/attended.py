@@ -78,14 +78,17 @@ def _(x: Tensor, fw: Sequence[Tensor], bw: Sequence[Tensor], rho: float) -> Tens
     return torch.empty_like(x)
 
 
-def _tell(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+def _tell(
+    layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
     """Before the layer runs: nothing, unless the model is being captured."""
     attention = layer.attention
     if not torch.compiler.is_compiling() or not isinstance(attention, Attention):
         return None
     branches = (attention.fw, attention.bw)
     fw, bw = ([] if b is None else list(b.tensors) for b in branches)
-    return attend(inputs[0], fw, bw, attention.rho)
+    x = inputs[0] if inputs else named["input"]
+    return (attend(x, fw, bw, attention.rho),), {}
 
 
 def attach(net: nn.Module, attention: Mapping[str, ChannelAttention], rho: float) -> None:
@@ -110,6 +113,7 @@ def detach(net: nn.Module, layers: Iterable[str] | None = None) -> None:
         for key, hook in list(layer._forward_pre_hooks.items()):
             if hook is _tell:
                 del layer._forward_pre_hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def without_attention(net: nn.Module) -> nn.Module:
@@ -131,20 +135,50 @@ def attach_as_in(net: nn.Module, state: Mapping[str, Any]) -> list[str]:
         layer = key.removesuffix("." + MARK)
         if layer == key:
             continue
-        sizes = [state.get(f"{layer}.attention.{side}.up.bias") for side in SIDES]
-        if not isinstance(modules.get(layer), nn.Conv2d | nn.Linear) or all(
-            s is None for s in sizes
+        inputs, outputs = (_channels(state, layer, side) for side in SIDES)
+        if not isinstance(modules.get(layer), nn.Conv2d | nn.Linear) or (
+            inputs is None and outputs is None
         ):
             raise InvalidInput(
                 f"the weights have channel attention of {layer!r}, which the net does not have",
                 hint="the net that it was learned for",
             )
+        _check_sizes(modules[layer], layer, inputs, outputs)
+        share = _rho(rho, layer)
         if not hasattr(modules[layer], "attention"):
-            inputs, outputs = (None if s is None else len(s) for s in sizes)
-            made[layer] = Attention(inputs, outputs, float(rho))
+            like = next(modules[layer].parameters())
+            made[layer] = Attention(inputs, outputs, share).to(like)
     for layer, attention in made.items():
         _attach(modules[layer], attention)
     return list(made)
+
+
+def _channels(state: Mapping[str, Any], layer: str, side: str) -> int | None:
+    """Those of a branch in a state dict, if it has one.  Raises InvalidInput for another shape."""
+    bias = state.get(f"{layer}.attention.{side}.up.bias")
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor) or bias.dim() != 1:
+        raise InvalidInput(f"{layer}.attention.{side}.up.bias is no vector of channels")
+    return len(bias)
+
+
+def _check_sizes(layer: nn.Module, name: str, inputs: int | None, outputs: int | None) -> None:
+    weight = layer.get_parameter("weight")
+    have, want = tuple(weight.shape[1::-1]), (inputs, outputs)
+    if any(w is not None and w != h for h, w in zip(have, want, strict=True)):
+        raise InvalidInput(
+            f"the attention of {name!r} is of another layer",
+            why=f"it is of {inputs} input and {outputs} output channels; the layer has {have}",
+            hint="the net that it was learned for",
+        )
+
+
+def _rho(value: Any, layer: str) -> float:
+    ok = isinstance(value, Tensor) and value.numel() == 1
+    if not ok or not 0 < float(value) <= 1:
+        raise InvalidInput(f"rho of the attention of {layer!r} is not above 0 and at most 1")
+    return float(value)
 
 
 def _attach(layer: nn.Module, attention: Attention) -> None:
@@ -154,4 +188,4 @@ def _attach(layer: nn.Module, attention: Attention) -> None:
     had = hasattr(layer, "attention")
     layer.attention = attention.requires_grad_(False)
     if not had:
-        layer.register_forward_pre_hook(_tell)
+        layer.register_forward_pre_hook(_tell, with_kwargs=True)

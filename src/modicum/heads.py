@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modicum.attended import Attention
 from modicum.errors import UsageError
 from modicum.graph import Graph
 
@@ -136,7 +137,12 @@ def few_shot(model: nn.Module, ways: int, scale: float = SCALE, bias: float = BI
 
 def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
     """The name and layer of the last linear layer in a model."""
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n]
+    attention = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, Attention))
+    layers = [
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and n and not n.startswith(attention)
+    ]
     if not layers:
         raise UsageError(
             "the model has no linear layer that could be its head",

@@ -312,6 +312,7 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
     through a `probe`.
     """
     updates = {u.param: u for u in selection.updates}
+    attended = _attended(selection)
     params, nodes = dict(graph.params), []
     renamed: dict[str, str] = {}
     norm_of: dict[str, Node] = {}
@@ -325,7 +326,7 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
     for node in graph.nodes:
         if node.name in renamed:
             continue
-        if attention.sides(node) and node.params["weight"] not in updates:
+        if attention.sides(node) and node.params["weight"] not in attended:
             node = attention.plain(node)
         changed: dict[str, Any] = {"inputs": tuple(renamed.get(x, x) for x in node.inputs)}
         bn = norm_of.get(node.name)
@@ -359,6 +360,11 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
         params={k: v for k, v in params.items() if k in used},
         nodes=tuple(nodes),
     )
+
+
+def _attended(selection: Selection) -> set[str]:
+    """The updated weights whose channels attention chooses."""
+    return set(selection.attended) & {u.param for u in selection.updates}
 
 
 def updates_of(selection: Selection) -> dict[str, Update]:
@@ -401,7 +407,7 @@ def _norm_after(graph: Graph, node: Node, selection: Selection) -> Node | None:
         return None
     if standardised(node) or node.name in selection.probes:
         return None
-    if attention.sides(node) and any(u.param == node.params["weight"] for u in selection.updates):
+    if attention.sides(node) and node.params["weight"] in _attended(selection):
         return None
     (bn,) = graph.consumers[node.name]
     if bn.op != "batch_norm" or node.name == graph.output or len(graph.shape(node.name)) == 3:

@@ -199,7 +199,8 @@ def _fill(
     for step, i in enumerate(order):
         if step and every and step % every == 0:
             prototypes()
-        if plan.attends and step % plan.accumulate == 0:
+        chooses = plan.looks[plan.pattern_of(step // plan.accumulate)] is not None
+        if chooses and step % plan.accumulate == 0:
             for k in order[step : step + plan.accumulate]:
                 sample(job.attend, k)
         sample(job.train, i)

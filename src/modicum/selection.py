@@ -77,12 +77,15 @@ class Selection(Frozen):
     whose backward pass is the mask 1[a >= 0] of their input a, instead of the exact derivative
     (MobileTL, Chiang et al., AAAI 2023).  `probes` names the values whose channels are scored by
     Fisher information on the way back (TinyTrain, Kwon et al., ICML 2024).  All are names of nodes.
+    `attended` names the updated weights whose channels are chosen by the attention that their
+    layers have (p-Meta); elsewhere a layer's attention does nothing.
     """
 
     updates: tuple[Update, ...]
     batch_norms: tuple[str, ...] = ()
     sign: tuple[str, ...] = ()
     probes: tuple[str, ...] = ()
+    attended: tuple[str, ...] = ()
 
     @property
     def inner_steps(self) -> int:

@@ -23,6 +23,7 @@ from modicum.errors import ModicumError, UsageError
 from modicum.heads import few_shot
 from modicum.job import PAINT, PARAMETERS, Job
 from modicum.meta import PMeta, method_of
+from modicum.ops.attention import sides
 from modicum.state import image_to_c
 
 STEPS = 3
@@ -60,7 +61,9 @@ def attend(net: nn.Module, channels: str, rho: float) -> nn.Module:
 
 def made(net: nn.Module, params: dict, loss: str, accumulate: int, **more) -> Built:
     graph = mo.capture(net, torch.zeros(1, 3, 6, 6))
-    method = mo.Explicit(params={k: {"rates": v} for k, v in params.items()}, **more)
+    rates = {k: {"rates": v} for k, v in params.items()}
+    attended = tuple(node.params["weight"] for node in graph.nodes if sides(node))
+    method = mo.Explicit(params=rates, attended=attended, **more)
     plan = mo.plan(graph, None, method, mo.SGD(lr=1.0), loss=loss, accumulate=accumulate)
     return Built(None, net, graph, plan)
 
@@ -92,6 +95,8 @@ def build(name: str) -> Built:
         return made(attend(net, name, 0.4), RATES, "cross_entropy", 3)
     if name == "pairs":
         return made(attend(net, "both", 0.6), RATES, "mse", 2)
+    if name == "all channels":
+        return made(attend(net, "both", 1.0), RATES, "cross_entropy", 2)
     if name == "one sample":
         return made(attend(net, "both", 0.4), RATES, "cross_entropy", 1)
     if name == "some steps":
@@ -107,7 +112,7 @@ def build(name: str) -> Built:
 
 
 NAMES = ("learned", "fw", "bw", "both", "pairs", "one sample", "some steps", "batch norms",
-         "frozen norms", "prototypes")  # fmt: skip
+         "frozen norms", "prototypes", "all channels")  # fmt: skip
 
 
 def task(built: Built, more: int = 1) -> tuple[np.ndarray, np.ndarray]:

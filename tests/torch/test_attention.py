@@ -19,12 +19,13 @@ from modicum.apply import Tuned
 from modicum.attended import ChannelAttention, attach, detach, without_attention
 from modicum.errors import InvalidInput, UsageError
 from modicum.graph import Graph
+from modicum.heads import last_linear
 from modicum.lite import StandardisedConv2d
-from modicum.meta import MAML, PMeta, method_of
+from modicum.meta import MAML, PMeta, ProtoNet, method_of
 from modicum.meta.inner import loss_of
 from modicum.meta.pmeta import PMetaLearner
 from modicum.models.weights import load_weights
-from modicum.ops.attention import most_kept
+from modicum.ops.attention import clip, most_kept
 from modicum.plan import Plan
 
 SAMPLES, STEPS = 4, 3
@@ -316,7 +317,8 @@ def test_a_layer_that_no_step_updates_loses_its_attention_and_joins_its_norm():
                         nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(54, 4)))  # fmt: skip
     made = learned(net)
     only = {"3.weight": None, "3.bias": None}
-    plan = mo.plan(made.graph, None, mo.Explicit(params=only), mo.SGD(lr=1.0), loss="mse")
+    method = mo.Explicit(params=only, attended=("3.weight",))
+    plan = mo.plan(made.graph, None, method, mo.SGD(lr=1.0), loss="mse")
     nodes = plan.program.graph.by_name
     assert "1" not in nodes and "rho" not in nodes["0"].attrs
     assert "4" in nodes and nodes["3"].attrs["rho"] == 0.5 and nodes["3"].op == "conv2d"
@@ -350,16 +352,110 @@ def test_a_method_of_attention_is_refused_for_the_net_without_it():
 def test_what_attention_does_not_go_with_is_refused(params, optimizer, why):
     made = learned(randomise(layers()))
     with pytest.raises(UsageError, match=why):
-        mo.plan(made.graph, None, mo.Explicit(params=params), optimizer)
+        mo.plan(made.graph, None, mo.Explicit(params=params, attended=("4.weight",)), optimizer)
+
+
+@pytest.mark.parametrize("method", [mo.Full(), mo.Last(n=2), mo.Bias(), mo.Explicit(params={
+    "4.weight": {"out": (0, 1)}})], ids=lambda m: m.kind)  # fmt: skip
+def test_methods_that_do_not_ask_for_attention_update_as_if_there_were_none(method):
+    made = learned(randomise(layers()))
+    plain = mo.capture(made.net, torch.zeros(1, 2, 6, 6))
+    plans = [mo.plan(g, None, method, mo.Adam(lr=0.01)) for g in (made.graph, plain)]
+    assert not plans[0].attends and plans[0].cost == plans[1].cost
+    x, _ = support(False)
+    learned_by = []
+    for net, plan in zip((made.attended, made.net), plans, strict=True):
+        tuned = mo.apply(net, plan).train()
+        optimizer = torch_optimizer(plan.optimizer, tuned, plan)
+        nn.functional.cross_entropy(tuned(x.float()), torch.arange(len(x)) % 4).backward()
+        update(optimizer, tuned)
+        learned_by.append(tuned.learned())
+    assert all(torch.equal(v, learned_by[1][k]) for k, v in learned_by[0].items())
+
+
+def test_a_share_of_1_keeps_every_channel_however_sums_round():
+    for seed in range(50):
+        g = torch.Generator().manual_seed(seed)
+        s = (8 * torch.randn(40, generator=g)).softmax(0)
+        s[-3:] = 1e-12
+        assert (clip(s, 1.0) > 0).all()
+
+
+def test_a_head_is_no_branch_of_attention():
+    net = seq(nn.Linear(6, 4), nn.ReLU(), nn.Conv2d(2, 3, 3))
+    attach(net, {"2": ChannelAttention(None, 3)}, 0.5)
+    assert last_linear(net)[0] == "0"
+    alone = seq(nn.Conv2d(2, 3, 3))
+    attach(alone, {"0": ChannelAttention(None, 3)}, 0.5)
+    with pytest.raises(UsageError, match="no linear layer"):
+        last_linear(alone)
+
+
+def test_prototypes_are_learned_for_a_net_without_the_attention_that_it_had():
+    made = learned(randomise(layers()))
+    net = mo.few_shot(made.attended, 3)
+    assert any("attention" in name for name in net.state_dict())
+    ProtoNet().learner(net).write_to(net)
+    assert not any("attention" in name for name in net.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("0.attention.bw.up.bias", torch.tensor(1.0), "no vector"),
+        ("0.attention._extra_state", torch.tensor([0.5, 0.5]), "rho"),
+        ("0.attention._extra_state", torch.tensor(2.0), "rho"),
+        ("0.attention.bw.up.bias", torch.zeros(4), "of another layer"),
+    ],
+)
+def test_damaged_attention_in_weights_is_refused_and_the_net_left_alone(key, value, why):
+    made = learned(randomise(layers()))
+    net = layers()
+    with pytest.raises(InvalidInput, match=why):
+        load_weights(net, {**made.attended.state_dict(), key: value})
+    assert net.state_dict().keys() == layers().state_dict().keys()
+
+
+class Named(nn.Module):
+    """Calls its layer by the name of the argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 6, 3), nn.Linear(96, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(input=x).flatten(1))
+
+
+def test_nets_that_call_layers_by_name_or_are_double_have_attention_too():
+    made = learned(Named())
+    assert made.plan.attends
+    x, _ = support(False)
+    learner = PMeta(steps=1).learner(Named().double()).train()
+    assert learner.adapt(x.double(), torch.arange(len(x)) % 4, 1)
+
+
+def test_rows_of_a_sequence_have_no_channels_to_choose():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Flatten(), nn.Linear(18, 3))
+    learner = PMeta(steps=1).learner(net).train()
+    with pytest.raises(UsageError, match="3 dimensions"):
+        learner.adapt(torch.randn(3, 3, 6), torch.arange(3), 1)
+
+
+def test_what_updates_nothing_in_some_step_is_no_method():
+    learner = PMeta(steps=2).learner(layers())
+    learner.allowed[:, 1] = False
+    with pytest.raises(UsageError, match="inner step 1 of what was learned updates nothing"):
+        method_of(learner)
 
 
 def test_attention_of_a_standardised_weight_is_refused_where_it_is_trained():
     net = randomise(seq(StandardisedConv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 4)))
     attach(net, {"0": ChannelAttention(2, 4)}, 0.5)
     graph = mo.capture(net, torch.zeros(1, 2, 6, 6))
-    assert not mo.plan(graph, None, mo.Last(n=1)).attends
+    assert not mo.plan(graph).attends
     with pytest.raises(UsageError, match="its weight is standardised"):
-        mo.plan(graph)
+        mo.plan(graph, None, mo.Explicit(params={"0.*": None}, attended=("0.weight",)))
 
 
 def test_a_bias_alone_is_updated_as_ever():

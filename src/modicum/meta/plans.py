@@ -30,6 +30,9 @@ def method_of(learner: Learner, steps: int | None = None) -> Explicit:
             name: tuple(float(learner.step_size(name, k)) for k in range(count))
             for name in sorted(learner.moved)
         }
+    for k in range(count):
+        if not any(r[k] for r in rates.values()):
+            raise UsageError(f"inner step {k} of what was learned updates nothing")
     norms = ("*",) if learner.norms != "frozen" and learner.has_norms else ()
     return Explicit(
         params={name: {"rates": _short(r)} for name, r in rates.items() if any(r)},

@@ -100,7 +100,7 @@ class PMetaLearner(GradientLearner):
             for name in self.layers:
                 if name != head:
                     made = _attention(self.net.get_submodule(name), rule.channels)
-                    self.attention[name.replace(".", "/")] = made.to(like.device)
+                    self.attention[name.replace(".", "/")] = made.to(like)
         self.memory: StepMemory | None = None
 
     @property
@@ -332,6 +332,12 @@ def _watching(net: nn.Module, added: Params) -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
 
     def watch(name: str, x: Tensor, out: Tensor) -> Tensor:
+        if x.dim() not in (2, 4):
+            raise UsageError(
+                f"{name!r} has an input of {x.dim()} dimensions, and attention chooses channels of "
+                "(n, c) or (n, c, h, w)",
+                hint="channels=none of p-meta",
+            )
         seen[name] = magnitudes(x)
         return out + added[name]
 
@@ -346,7 +352,10 @@ def _hooked(
     """Call hook(name, input, output) where layers pass; what it returns replaces the output."""
     handles = [
         net.get_submodule(name).register_forward_hook(
-            lambda module, inputs, out, name=name: hook(name, inputs[0], out)
+            lambda module, inputs, named, out, name=name: hook(
+                name, inputs[0] if inputs else named["input"], out
+            ),
+            with_kwargs=True,
         )
         for name in layers
     ]

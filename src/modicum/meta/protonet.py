@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from modicum.attended import detach
 from modicum.errors import UsageError
 from modicum.heads import BIAS, SCALE, CosineHead, FewShot, class_means, cosine
 from modicum.meta.learner import Learner, Rule
@@ -69,6 +70,7 @@ class ProtoNetLearner(Learner):
     def write_to(self, net: nn.Module) -> None:
         """Give the head what was learned for it; the backbone is the net's own."""
         assert isinstance(net, FewShot)
+        detach(net)  # attention of an earlier training, which the backbone has moved away from
         with torch.no_grad():
             net.head.get_buffer("scale").copy_(self.scale)
             net.head.get_buffer("bias").copy_(self.bias)

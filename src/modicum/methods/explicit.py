@@ -37,8 +37,8 @@ class Explicit(Method):
     channel list applies where the axis exists: `inp` is ignored on biases.  The first pattern
     that matches a parameter decides.  `batch_norms` and `sign` are patterns of nodes: norms that
     use and follow batch statistics, activations with a sign mask for their derivative.  A pattern
-    without a match is an error.  `attended` are weights whose layers have to have channel attention
-    (p-Meta), so that a method is not used for the same model without it.
+    without a match is an error.  `attended` are weights whose channels are chosen by the attention
+    that their layers have to have (p-Meta).
     """
 
     kind: Literal["explicit"] = "explicit"
@@ -75,6 +75,7 @@ class Explicit(Method):
             updates=tuple(updates),
             batch_norms=_matching(self.batch_norms, norms, "batch norm"),
             sign=_matching(self.sign, activations, "activation with a sign mask"),
+            attended=self.attended,
         )
 
 

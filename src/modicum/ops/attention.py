@@ -137,7 +137,8 @@ def clip(s: Tensor, rho: float) -> Tensor:
     order = s.detach().argsort(descending=True, stable=True)
     before = s.detach()[order].cumsum(0) - s.detach()[order]
     first = torch.arange(len(s), device=s.device) < most_kept(len(s), rho)  # rounding adds none
-    keep = torch.zeros_like(s).scatter(0, order, ((before <= rho) & first).to(s.dtype))
+    left = first if rho >= 1 else (before <= rho) & first  # a sum may round to more than 1
+    keep = torch.zeros_like(s).scatter(0, order, left.to(s.dtype))
     kept = s * keep
     return kept * (keep.sum() / kept.sum())
 

@@ -35,13 +35,14 @@ static void softmax(float *s, int32_t n) {
   for (int32_t j = 0; j < n; j++) s[j] /= sum;
 }
 
-/* The largest scores until their sum exceeds rho; of equal ones the first.  Returns how many, marks
+/* The largest scores until their sum exceeds rho, all if it is 1, which a sum may round to more
+   than; of equal ones the first.  Returns how many, marks
    them with 1 in kept[], and *total is their sum. */
 static int32_t keep_largest(float *kept, const float *s, int32_t n, float rho, int32_t most,
                             float *total) {
   int32_t count = 0;
   memset(kept, 0, (size_t)n * sizeof *kept);
-  for (*total = 0.0f; count < most && *total <= rho; count++) {
+  for (*total = 0.0f; count < most && (rho >= 1.0f || *total <= rho); count++) {
     int32_t largest = -1;
     for (int32_t j = 0; j < n; j++)
       if (kept[j] == 0.0f && (largest < 0 || s[j] > s[largest])) largest = j;
