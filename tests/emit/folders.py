@@ -84,6 +84,17 @@ def execute(program: Path, job: Job, scratch: Path) -> tuple[Result | None, str]
     return decode((scratch / "trace.bin").read_bytes()), said
 
 
+def same_on_board(workshop: Workshop, folder: Path, x: np.ndarray, y: np.ndarray) -> Trace:
+    """Train on the host and on an emulated M4F, bit by bit alike; the trace of the latter."""
+    job = {"train": (x, y), "test": (x, y), "record": True}
+    host, there = (workshop.run(folder, on=on, **job) for on in ("host", "m4f"))
+    assert there.losses == host.losses
+    for name, tensor in host.tensors.items():
+        assert there.tensors[name].tobytes() == tensor.tobytes(), name
+    assert there.logits_after.tobytes() == host.logits_after.tobytes()
+    return there
+
+
 def part(a: Trace, b: Trace) -> tuple[float, str]:
     """The largest relative difference over all steps, and where."""
     assert len(a.losses) == len(b.losses) and a.tensors.keys() == b.tensors.keys()

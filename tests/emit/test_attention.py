@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Built, seq
-from emit.folders import Workshop, execute, part
+from emit.folders import Workshop, execute, part, same_on_board
 from oracle import randomise, samples
 from torch import nn
 
@@ -205,13 +205,7 @@ def test_a_board_chooses_bit_by_bit_as_the_host(workshop: Workshop, name: str):
     built = build(name)
     folder = workshop.emit(built)
     x, y = task(built)
-    job = {"train": (x, y), "test": (x, y), "record": True}
-    host, there = (workshop.run(folder, on=on, **job) for on in ("host", "m4f"))
-    assert there.losses == host.losses
-    for name, tensor in host.tensors.items():
-        assert there.tensors[name].tobytes() == tensor.tobytes(), name
-    assert there.logits_after.tobytes() == host.logits_after.tobytes()
-    figures, cost = there.figures, built.plan.cost
+    figures, cost = same_on_board(workshop, folder, x, y).figures, built.plan.cost
     assert figures["arena_high_water"] <= cost.arena and figures["ram"] <= cost.ram
     assert 0 <= figures["weights"] - cost.flash_weights < 16
     assert figures["text"] <= cost.flash_code

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import STEPS, Built, Case, build, captured
-from emit.folders import Workshop, execute, part
+from emit.folders import Workshop, execute, part, same_on_board
 
 import modicum as mo
 from modicum.adapt import adapt, torch_optimizer, update
@@ -114,13 +114,7 @@ def test_a_board_goes_through_the_patterns_bit_by_bit_as_the_host(workshop: Work
     built = build(SLICES)
     folder = workshop.emit(built)
     x, y = tasks(built)
-    job = {"train": (x, y), "test": (x, y), "record": True}
-    host, there = (workshop.run(folder, on=on, **job) for on in ("host", "m4f"))
-    assert there.losses == host.losses
-    for name, tensor in host.tensors.items():
-        assert there.tensors[name].tobytes() == tensor.tobytes(), name
-    assert there.logits_after.tobytes() == host.logits_after.tobytes()
-    figures, cost = there.figures, built.plan.cost
+    figures, cost = same_on_board(workshop, folder, x, y).figures, built.plan.cost
     assert figures["arena_high_water"] == cost.arena and figures["ram"] <= cost.ram
     assert 0 <= figures["weights"] - cost.flash_weights < 16  # lists of channels are padded
     assert figures["text"] <= cost.flash_code
