@@ -45,12 +45,6 @@ def adaptation_cost(
     programs = [made.programs[made.pattern_of(k)] for k in range(learner.judged)]
     peaks = [dynamic_bytes(p, n) for p in programs]
     macs = [n * sum(m.forward + m.dx + m.dw for m in p.macs.values()) for p in programs]
-    if isinstance(learner, PMetaLearner) and learner.attended:
-        norms = learner.norms != "frozen"
-        memory = StepMemory(net, sample, n, learner.slices(), batch_norms=norms, loss=loss)
-        active = [learner.active(min(k, learner.steps - 1)) for k in range(learner.judged)]
-        peaks = [(memory.forward_peak(a), memory.peak(a)) for a in active]
-        macs = [sum(memory.macs(a)) for a in active]
     measured = _measured(net, made, learner.judged, x, y)
     return AdaptationCost(
         samples=n,

@@ -23,8 +23,7 @@ class StepMemory:
     """Peak dynamic memory and MACs of the inner steps of a net on `samples` of a shape.
 
     `slices` are those of a layer's weight that are computed at most, in the place of attention that
-    chooses them; `batch_norms`: norms use the
-    statistics of the batch, and so keep their inputs.
+    chooses them; `batch_norms`: norms use the statistics of the batch, and so keep their inputs.
     """
 
     def __init__(
