@@ -57,11 +57,11 @@ class Native:
         self._memory = ctypes.create_string_buffer(self._call["size"]() + 64)
         start = ctypes.addressof(self._memory)
         self._net = ctypes.c_void_p(start + -start % 64)
-        self._check(self._call["init"](self._net))
+        self.reset()
 
     def predict(self, x: Array) -> Array:
         """Outputs for one sample."""
-        x = self._floats(x, self.inputs, "input")
+        x = self._floats(x, self.inputs, "the input")
         out = np.empty(self.outputs, np.float32)
         self._check(self._call["predict"](self._net, _pointer(x), _pointer(out)))
         return out
@@ -70,7 +70,7 @@ class Native:
         """One sample forward and backward; returns its loss.  `target` is the label, or for mse
         the target values."""
         x, wanted, loss = (
-            self._floats(x, self.inputs, "input"),
+            self._floats(x, self.inputs, "the input"),
             self._wanted(target),
             ctypes.c_float(),
         )
@@ -82,14 +82,14 @@ class Native:
 
         Raises UsageError for a net without channel attention.
         """
-        x = self._floats(x, self.inputs, "input")
+        x = self._floats(x, self.inputs, "the input")
         self._check(self._optional("attend")(self._net, _pointer(x), self._wanted(target)))
 
     def _wanted(self, target: Any) -> Any:
         """A label, or a pointer to targets, which keeps them."""
         if not self.targets:
             return ctypes.c_int32(int(target))
-        return self._floats(target, self.targets, "target").ctypes.data_as(ctypes.c_void_p)
+        return self._floats(target, self.targets, "the target").ctypes.data_as(ctypes.c_void_p)
 
     def clear_prototypes(self) -> None:
         """Forget the prototypes of all classes.  Raises UsageError for a net that has none."""
@@ -97,7 +97,7 @@ class Native:
 
     def add_prototype(self, x: Array, label: int) -> None:
         """Add the features of one support sample to the prototype of its class."""
-        x = self._floats(x, self.inputs, "input")
+        x = self._floats(x, self.inputs, "the input")
         call = self._optional("prototypes_add")
         self._check(call(self._net, _pointer(x), ctypes.c_int32(int(label))))
 
@@ -126,6 +126,25 @@ class Native:
                 return slices
             slices.append(np.ctypeslib.as_array(start, (count.value,)).copy())
 
+    def reset(self) -> None:
+        """The initial weights again, and nothing learned."""
+        self._check(self._call["init"](self._net))
+
+    def set_trained(self, index: int, values: Any) -> None:
+        """Overwrite a trained slice, flat, in the kernels' layout.
+
+        Raises InvalidInput, and changes nothing, for another number of values, or such as are not
+        finite; UsageError for a slice that there is not.
+        """
+        count = ctypes.c_int32()
+        start = self._call["trained"](self._net, ctypes.c_int32(index), ctypes.byref(count))
+        if not start:
+            raise UsageError(f"the net has no trained slice {index}")
+        array = self._floats(values, count.value, f"slice {index}")
+        if not np.isfinite(array).all():
+            raise InvalidInput(f"slice {index} has values that are not finite")
+        ctypes.memmove(start, array.ctypes.data, array.nbytes)
+
     def export_state(self) -> bytes:
         """What was learned, as a blob that any build of the same plan imports."""
         capacity = self._call["size"]() + 64
@@ -142,7 +161,7 @@ class Native:
     def _floats(self, values: Any, n: int, what: str) -> Array:
         array = np.ascontiguousarray(values, dtype=np.float32)
         if array.size != n:
-            raise InvalidInput(f"the {what} has {array.size} values, the net takes {n}")
+            raise InvalidInput(f"{what} has {array.size} values, the net takes {n}")
         return array
 
     def _optional(self, call: str) -> Any:
