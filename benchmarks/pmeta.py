@@ -103,6 +103,7 @@ def frozen_set() -> dict[str, Rule]:
 def ablation_set() -> dict[str, Rule]:
     base = PMETA
     made = {
+        "layers and channels": base,  # p-Meta, in as many updates as the others of this set
         "layers only": base.model_copy(update={"channels": "none"}),
         "channels only, both": base.model_copy(update={"share": 1.0}),
         "channels only, fw": base.model_copy(update={"share": 1.0, "channels": "fw"}),

@@ -2,6 +2,7 @@
 
     python benchmarks/tinytrain.py metatrain --net mcunet-5fps
     python benchmarks/tinytrain.py compare --net mcunet-5fps --tasks 30 --json FILE
+    python benchmarks/tinytrain.py compare --set wide ...
     python benchmarks/tinytrain.py compare --set ablation ...
     python benchmarks/tinytrain.py selection --json FILE
 
@@ -72,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--net", choices=backbones.NAMES, default="mcunet-5fps")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--tasks", type=int, default=30)
+    parser.add_argument("--validation-tasks", type=int, default=12, help="that rates are chosen on")
     parser.add_argument("--epochs", type=int, default=30, help="of 100 episodes (metatrain)")
     parser.add_argument("--rate", type=float, default=3e-4, help="(metatrain)")
     parser.add_argument("--set", choices=tuple(SETS), default="main")
@@ -175,14 +177,17 @@ def main_set(net: str) -> dict[str, Contender]:
 
 
 def wide_set(net: str) -> dict[str, Contender]:
-    """The other baselines."""
+    """The other baselines, beside those rows of the main set that they are read against."""
+    main = main_set(net)
     rates = (3e-4, 1e-3, 3e-3)
     adapters = {
         f"adapterdrop-{round(100 * d)}": Contender(method=TinyTL(drop=d), rates=rates, batch=100)
         for d in (0.25, 0.5, 0.75)
     }
-    full = Contender(method=Full(), rates=(1e-4, 3e-4, 1e-3), batch=100, tune=FineTune(entropy=1.0))
+    # the two rates that validation chose for the full update, before and after meta-training
+    full = Contender(method=Full(), rates=(1e-4, 3e-4), batch=100, tune=FineTune(entropy=1.0))
     return {
+        **{label: main[label] for label in ("none", "last", "tinytrain")},
         "bias": Contender(method=Bias(head=0), rates=(1e-3, 3e-3, 1e-2)),
         "tinytl": Contender(method=TinyTL(), rates=rates, batch=100),
         **adapters,
@@ -258,13 +263,14 @@ def compare(args: argparse.Namespace) -> None:
     made = compare_on_tasks(
         models(args), contenders, test, preprocess(args.net, args.size), out=folder(args),
         tasks=args.tasks, rule=RULE,
-        validation=validation, validation_tasks=12, progress=True,
+        validation=validation, validation_tasks=args.validation_tasks, progress=True,
     )  # fmt: skip
     print(made)
     reference = "full criterion" if args.set == "ablation" else "tinytrain"
     far = [d for d in FAR if d in made.domains] or list(made.domains)
     show(args, {
-        "tasks": args.tasks, "size": args.size, "rows": table(made, reference),
+        "tasks": args.tasks, "size": args.size, "validation_tasks": args.validation_tasks,
+        "rows": table(made, reference),
         "pairs_far": pairs(made, far), "pairs_all": pairs(made, list(made.domains)),
     })  # fmt: skip
 
@@ -343,9 +349,9 @@ def table(made: TaskComparison, reference: str) -> list[dict[str, object]]:
 
 def show(args: argparse.Namespace, result: dict[str, object]) -> None:
     if args.json:
-        given = {k: getattr(args, k) for k in ("net", "size", "tasks", "set", "only", "models",
-                                               "methods")}  # fmt: skip
-        flags = [f"--{k} {shlex.quote(str(v))}" for k, v in given.items() if v]
+        given = {k: getattr(args, k) for k in ("net", "size", "tasks", "validation_tasks", "set",
+                                               "only", "models", "methods")}  # fmt: skip
+        flags = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v]
         flags = [] if args.verb == "metatrain" else flags
         words = ["python benchmarks/tinytrain.py", args.verb, *flags, "--json", args.json.name]
         command = " ".join(words)
