@@ -14,6 +14,10 @@ The public names, and nothing else, are for other modules::
     split(dataset, parts, *, seed=0, stratified=True, by_group=False) -> tuple[Labelled, ...]
     split_classes(dataset, held, *, seed=0) -> tuple[others, held]      # whole classes
 
+    by_group(dataset, groups=None) -> tuple[Labelled, ...]              # one part per client
+    by_dirichlet(dataset, clients, alpha, *, seed=0, least=1) -> tuple[Labelled, ...]
+    by_class(dataset, clients, classes, *, seed=0) -> tuple[Labelled, ...]
+
     Preprocess(size, mean, std, resize=None, interpolation="bilinear")   .shape == (c, h, w)
     Augment(crop="resized", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), pad=4, flip=True)
 
@@ -52,6 +56,7 @@ from modicum.tasks.batching import (
     steps,
     take,
 )
+from modicum.tasks.clients import by_class, by_dirichlet, by_group
 from modicum.tasks.episodes import (
     EpisodeRule,
     FixedEpisodes,
@@ -79,6 +84,9 @@ __all__ = [
     "VariousEpisodes",
     "arrays",
     "batches",
+    "by_class",
+    "by_dirichlet",
+    "by_group",
     "check",
     "draw_task",
     "given_task",
