@@ -94,7 +94,7 @@ class Layout:
         return sum(p.size for p in self.parts)
 
     def join(self, values: Mapping[str, Array]) -> Array:
-        """The vector of slices by name.  Raises InvalidInput for one that is missing or misshapen."""
+        """The vector of slices by name.  Raises InvalidInput where one is missing or misshapen."""
         flat = np.empty(self.size, np.float32)
         for part in self.parts:
             value = values.get(part.name)

@@ -89,7 +89,7 @@ class FederatedRule(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> FederatedRule:
         if bool(self.local) != bool(self.support):
-            raise ValueError("`local` parameters and the `support` that reconstructs them go together")
+            raise ValueError("`local` parameters and `support` to reconstruct them go together")
         if self.reconstruct and not self.local:
             raise ValueError("there is nothing to reconstruct without `local` parameters")
         if self.support % self.batch or self.query * self.passes % self.batch:
