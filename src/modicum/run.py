@@ -288,6 +288,8 @@ def _figures(plan: Plan, result: Result, machine: Machine | None) -> dict[str, f
         elapsed = [r.elapsed for r in result.records if r.kind == kind]
         if elapsed:
             figures[f"{unit}_{name}"] = float(np.median(elapsed))
+            if kind == TRAIN:
+                figures[f"{unit}_train_all"] = float(np.sum(elapsed, dtype=np.float64))
     if machine is None:
         figures["peak_rss"] = result.peak_rss
     else:

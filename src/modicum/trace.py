@@ -33,8 +33,9 @@ class Trace:
     them.  `logits_before` and `logits_after` are the outputs on the test set, `tensors[name][i]`
     a trained slice after step i (only if asked for), in PyTorch's layout.  `figures` holds what
     was measured, with its unit in the name: arena_high_water, stack_high_water, text, data, bss,
-    ram (bytes), instructions_train, instructions_predict, instructions_prototype, seconds,
-    seconds_per_step (median), peak_rss (bytes).
+    ram (bytes), instructions_train, instructions_predict, instructions_prototype (medians of a
+    call), instructions_train_all (of all training calls together), seconds, seconds_per_step
+    (median), peak_rss (bytes).
     """
 
     where: str

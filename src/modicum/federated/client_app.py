@@ -94,7 +94,7 @@ def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
 def _train(site: Site, message: Message, context: Context) -> RecordDict:
     client = int(context.node_config["partition-id"])
     config = message.content.config_records["config"]
-    number, open_ = int(config["round"]), bool(config.get("open", False))  # type: ignore[arg-type]
+    number, open_ = int(config["round"]), bool(config.get("open", False))
     download = _weights_blob(site, message, number) if open_ else read_blob(message, "shared")
     rng = np.random.default_rng([site.seed, client, number])
     rule = site.rule
@@ -174,7 +174,7 @@ def _load(context: Context) -> Kept:
     if "kept" not in context.state.array_records:
         return Kept()
     arrays = context.state.array_records["kept"]
-    number = int(context.state.config_records["kept-round"]["round"])  # type: ignore[arg-type]
+    number = int(context.state.config_records["kept-round"]["round"])
     get = {name: arrays[name].numpy() for name in arrays}
     return Kept(get.get("shared"), number, get.get("unsent"))
 

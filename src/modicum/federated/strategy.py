@@ -164,7 +164,7 @@ class Federate(Strategy):
             client = self._client_of(reply)
             try:
                 metrics = reply.content.metric_records["metrics"]
-                values = float(metrics["before"]), float(metrics["after"])  # type: ignore[arg-type]
+                values = float(metrics["before"]), float(metrics["after"])
             except (ValueError, KeyError, TypeError):
                 continue
             if all(map(math.isfinite, values)) and client >= self.clients:
@@ -194,7 +194,7 @@ class Federate(Strategy):
             asked = [Message(RecordDict(), n, "query") for n in sorted(unknown)]
             for reply in grid.send_and_receive(asked, timeout=self.wait_s) if asked else ():
                 if reply.has_content():
-                    client = int(reply.content.config_records["answer"]["client"])  # type: ignore[arg-type]
+                    client = int(reply.content.config_records["answer"]["client"])
                     node = reply.metadata.src_node_id
                     self._nodes[client], self._client[node] = node, client
             if sum(c < self.clients for c in self._nodes) >= wanted:
@@ -220,7 +220,7 @@ class Federate(Strategy):
             return
         try:
             metrics = reply.content.metric_records["metrics"]
-            samples, loss = int(metrics["num-examples"]), float(metrics.get("loss", math.nan))  # type: ignore[arg-type]
+            samples, loss = int(metrics["num-examples"]), float(metrics.get("loss", math.nan))
             if self.open_weights:
                 shared = read_array(reply, "shared", "shared", np.float32)
                 self.server.receive_weights(client, shared, samples, loss)
