@@ -1,0 +1,1 @@
+"""The Flower app: this folder is what `flwr run` takes."""
