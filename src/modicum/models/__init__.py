@@ -9,6 +9,7 @@ from torch import nn
 
 from modicum.models.fewshot import Conv4, GaussianPolicy, ResNet12, SineNet
 from modicum.models.inverted_residual import FOLDED, Backbone, Style
+from modicum.models.keyword import CharacterNet, KeywordNet
 from modicum.models.mobile import (
     TENSORFLOW,
     EfficientNetLite0,
@@ -29,11 +30,13 @@ __all__ = [
     "MODELS",
     "TENSORFLOW",
     "Backbone",
+    "CharacterNet",
     "Conv4",
     "DigitsNet",
     "EfficientNetLite0",
     "Entry",
     "GaussianPolicy",
+    "KeywordNet",
     "Loaded",
     "Mbv2W035",
     "Mcunet5fps",
@@ -91,6 +94,8 @@ MODELS: dict[str, Entry] = {
     ),
     "resnet12": Entry(ResNet12, (1, 3, 64, 64), 5, "ResNet-12 of few-shot learning"),
     "sine": Entry(SineNet, (1, 1), 1, "1-40-40-1 regressor of sine waves"),
+    "keyword": Entry(KeywordNet, (1, 1, 32, 20), 10, "separable CNN for log-mels of spoken words"),
+    "character": Entry(CharacterNet, (1, 1, 28, 28), 5, "four strided convolutions, group norms"),
     "mcunet-5fps": _pictures(
         Mcunet5fps, 128, "MCUNet for 5 frames per second, norms folded", CENTRED
     ),
