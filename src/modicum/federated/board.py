@@ -19,7 +19,7 @@ from modicum.emit import link_config
 from modicum.errors import InvalidInput, ToolMissing, UsageError
 from modicum.federated import link as wire
 from modicum.federated.layout import Layout
-from modicum.federated.link import Line, Link, Program
+from modicum.federated.link import Link, Program
 from modicum.plan import Plan
 from modicum.run import MACHINES
 from modicum.state import image_to_c
@@ -204,7 +204,7 @@ class Emulated:
         if on != "host" and on not in MACHINES:
             raise UsageError(f"cannot emulate {on!r}", hint="host, " + ", ".join(MACHINES))
         keep_private(folder, local)
-        self.line: Line = Program(_command(Path(folder), on, parity))
+        self.line = Program(_command(Path(folder), on, parity))
         self.link = Link(self.line)
 
     def __enter__(self) -> Emulated:

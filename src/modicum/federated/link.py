@@ -309,15 +309,15 @@ class Program(_Descriptors):
         try:
             return super().read(timeout)
         except ConnectionError as error:
-            raise ConnectionError(f"{error}{self._last_words()}") from None
+            raise ConnectionError("\n".join([str(error), *self._last_words])) from None
 
     def _open(self) -> tuple[int, int]:
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._complaints,
+            stderr=self._stderr,
             bufsize=0,
         )
         assert process.stdin is not None and process.stdout is not None
@@ -330,11 +330,9 @@ class Program(_Descriptors):
         if self.pid is not None:
             self._end()
             self.pid = None
-
-    def _last_words(self) -> str:
-        self._complaints.seek(0)
-        lines = self._complaints.read().decode(errors="replace").splitlines()
-        return "".join(f"\n{line}" for line in lines[-8:])
+            with self._stderr as file:
+                file.seek(0)
+                self._last_words = file.read().decode(errors="replace").splitlines()[-8:]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
