@@ -184,10 +184,6 @@ class Server:
         if self._weight:
             step = log.eps * self._sum / self._weight
             before, self.theta = self.theta, (self.theta + step).astype(np.float32)
-            if not np.isfinite(self.theta).all():  # each update was; their sum may not be
-                self.theta = before
-                log.failed |= {c: "the mean of the updates is not finite" for c in log.used}
-                log.used = []
             log.norm = float(np.linalg.norm(self.theta.astype(np.float64) - before))
         log.loss = float(np.mean(self._losses)) if self._losses else None
         self.done, self.log = log.round, None
