@@ -9,7 +9,8 @@ support and query of a test task come from other drawers.  Tiny-ImageNet: 130 / 
 Conv4 from scratch, Adam, a cosine schedule, 4 tasks an update; the epoch with the best validation
 accuracy is kept and judged on 600 test tasks.  Every finished training is a folder below --out
 (default: ~/.cache/modicum/pmeta); one that was stopped goes on, and two processes may take
-different --rules.
+different --rules.  A table keeps the rows of FILE that --out has no training of, so that machines
+may share the work.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from modicum.meta import (
     metatrain,
 )
 from modicum.models import Conv4, ResNet12
+from modicum.report.rules import AdaptationCost
 from modicum.tasks import FixedEpisodes, Labelled, Preprocess, arrays, load
 
 CACHE = Path.home() / ".cache" / "modicum" / "pmeta"
@@ -149,6 +151,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rules", default="", help="some of the set's, by label: a;b")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, help="in the place of the setting's")
+    parser.add_argument("--test-tasks", type=int, default=600)
     parser.add_argument("--out", type=Path, default=CACHE)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -241,15 +244,17 @@ def train(args: argparse.Namespace) -> None:
                 continue
             net = network(setting, seed)
             learns = few_shot(net, setting.ways) if isinstance(rule, ProtoNet) else net
+            adam = {"optimizer": "adam", "rate": 1e-3, "final_rate": 1e-5, "clip": 10.0}
+            outer = {} if isinstance(rule, Reptile) else adam  # Reptile's is no gradient
             config = MetaTrain(
-                epochs=epochs, episodes=setting.episodes, tasks=4, rule=rule, optimizer="adam",
-                rate=1e-3, warmup=0, warmup_rate=0, final_rate=1e-5, seed=seed, clip=10.0,
-                validation=100,
+                epochs=epochs, episodes=setting.episodes, tasks=4, rule=rule, warmup=0,
+                warmup_rate=0, seed=seed, validation=100, **outer,
             )  # fmt: skip
             print(f"{args.setting}, {label}, seed {seed}", file=sys.stderr, flush=True)
             trace = metatrain(
                 learns, parts[0], None, config, out=folder, validation=parts[1],
-                test=None if args.set == "tune" else parts[2], progress=True,
+                test=None if args.set == "tune" else parts[2], test_tasks=args.test_tasks,
+                progress=True,
             )  # fmt: skip
             result = {"setting": args.setting, "rule": label, "seed": seed,
                       "config": config.model_dump(mode="json"),
@@ -263,30 +268,55 @@ def train(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Accuracy of what was trained, beside the costs of an adaptation to one task."""
-    rows = []
+    found = {}
     for path in sorted(args.out.glob("*/*/result.json")):
         result = json.loads(path.read_text())
-        if (test := result["trace"]["test"]) is None or result["setting"] not in SETTINGS:
+        if result["trace"]["test"] is None or result["setting"] not in SETTINGS:
             continue
-        setting = SETTINGS[result["setting"]]
-        rows.append({
-            "setting": result["setting"], "rule": result["rule"], "seed": result["seed"],
-            "accuracy": test["mean"], "interval": test["interval"],
-            "hours": result["trace"]["seconds"] / 3600, **costs(setting, path.parent),
-        })  # fmt: skip
-    rows += means(rows)
+        row = trained(result) | costs(SETTINGS[result["setting"]], path.parent)
+        found[key(row)] = row
+    known = {key(r): r for r in rows_of(args.json) if r["rule"] != MEAN}
+    places = [*SETTINGS]
+    rows = sorted({**known, **found}.values(), key=lambda row: places.index(row["setting"]))
+    rows, ratios = compared(rows)
     for row in rows:
         print(f"{row['setting']:18} {row['rule']:22} {row['seed']}  "
               f"{100 * row['accuracy']:6.2f} ± {100 * row['interval']:.2f} %  "
-              f"{row['backward_kb']:8.1f} KiB (measured {row['measured_kb']:8.1f})  "
+              f"{row['peak_kb']:8.1f} KiB (measured {row['measured_peak_kb']:8.1f})  "
               f"{row['gmacs']:.4f} GMACs  {row.get('steps', '')}")  # fmt: skip
+    for row in ratios:
+        print(row)
     if args.json:
         made = {
             "command": f"python benchmarks/pmeta.py table --json {args.json.name}",
             "python": platform.python_version(), "torch": torch.__version__,
-            "cores": os.cpu_count(), "rows": rows,
+            "cores": os.cpu_count(), "rows": rows, "ratios": ratios,
         }  # fmt: skip
         args.json.write_text(json.dumps(made, indent=1) + "\n")
+
+
+MEAN = "mean of four"
+FOUR = ("MAML", "ANIL", "BOIL", "MAML++")
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, Any]:
+    return row["setting"], row["rule"], row["seed"]
+
+
+def rows_of(path: Path | None) -> list[dict[str, Any]]:
+    """Those of an earlier table."""
+    return json.loads(path.read_text())["rows"] if path and path.exists() else []
+
+
+def trained(result: dict[str, Any]) -> dict[str, Any]:
+    test, config = result["trace"]["test"], result["config"]
+    return {
+        "setting": result["setting"], "rule": result["rule"], "seed": result["seed"],
+        "epochs": config["epochs"],
+        "updates": config["epochs"] * config["episodes"] // config["tasks"],
+        "accuracy": test["mean"], "interval": test["interval"], "test_tasks": test["tasks"],
+        "hours": result["trace"]["seconds"] / 3600,
+    }  # fmt: skip
 
 
 def costs(setting: Setting, folder: Path) -> dict[str, Any]:
@@ -297,29 +327,44 @@ def costs(setting: Setting, folder: Path) -> dict[str, Any]:
     _, learner = load_learner(start, folder / "learner.pt")
     torch.manual_seed(0)
     x = torch.randn(setting.ways * setting.shots, *shape)
-    c = adaptation_cost(net, learner, (x, torch.arange(len(x)) % setting.ways))
+    return priced(adaptation_cost(net, learner, (x, torch.arange(len(x)) % setting.ways)))
+
+
+def priced(c: AdaptationCost) -> dict[str, Any]:
+    """In KiB, forward and backward pass together but for `backward_kb` and `measured_kb`:
+    all samples at once, frozen layers a sample at a time, and all layers a sample at a time."""
     return {
-        "backward_kb": c.backward / 1024, "forward_kb": c.forward / 1024,
-        "measured_kb": c.measured_backward / 1024,
-        "measured_forward_kb": c.measured_forward / 1024,
-        "gmacs": c.macs / 1e9, "steps": " ".join(map(str, c.layers)),
+        "backward_kb": c.backward / 1024, "measured_kb": c.measured_backward / 1024,
+        "at_once_kb": max(c.forward, c.backward) / 1024,
+        "measured_at_once_kb": max(c.measured_forward, c.measured_backward) / 1024,
+        "peak_kb": c.peak / 1024, "measured_peak_kb": c.measured_peak / 1024,
+        "board_kb": c.board / 1024, "gmacs": c.macs / 1e9, "streamed_gmacs": c.streamed_macs / 1e9,
+        "steps": " ".join(map(str, c.layers)),
     }  # fmt: skip
 
 
-def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean of MAML, ANIL, BOIL and MAML++, which p-Meta is compared with."""
-    made = []
+def compared(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows with the mean of MAML, ANIL, BOIL and MAML++ in each setting that has them all, how
+    many times as much as each p-Meta that mean is)."""
+    made, ratios = [], []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         group = [r for r in rows if r["setting"] == setting]
-        four = [r for r in group if r["rule"] in ("MAML", "ANIL", "BOIL", "MAML++")]
+        made += group
+        four = [r for r in group if r["rule"] in FOUR]
         if len({r["rule"] for r in four}) < 4:
             continue
         keys = [k for k, v in four[0].items() if isinstance(v, float)]
         mean = {k: float(np.mean([r[k] for r in four])) for k in keys}
-        best = max(r["accuracy"] for r in four)
-        made.append({"setting": setting, "rule": "mean of four", "seed": "-", **mean,
-                     "best": best})  # fmt: skip
-    return made
+        best = max(four, key=lambda r: r["accuracy"])
+        made.append({"setting": setting, "rule": MEAN, "seed": "-", **mean,
+                     "best": best["accuracy"]})  # fmt: skip
+        for row in (r for r in group if r["rule"].startswith("p-Meta")):
+            times = {k: mean[k] / row[k] for k in keys if k.endswith(("_kb", "gmacs")) and row[k]}
+            ratios.append({
+                "setting": setting, "rule": row["rule"], "seed": row["seed"],
+                "below_best": best["accuracy"] - row["accuracy"], **times,
+            })  # fmt: skip
+    return made, ratios
 
 
 def grey(setting: Setting) -> bool:

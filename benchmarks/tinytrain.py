@@ -1,6 +1,7 @@
 """TinyTrain and its baselines on few-shot tasks of other domains, with and without meta-training.
 
     python benchmarks/tinytrain.py metatrain --net mcunet-5fps
+    python benchmarks/tinytrain.py keep        # the best epoch so far of one that was stopped
     python benchmarks/tinytrain.py compare --net mcunet-5fps --tasks 30 --json FILE
     python benchmarks/tinytrain.py compare --set wide ...
     python benchmarks/tinytrain.py compare --set ablation ...
@@ -33,7 +34,7 @@ from lookalikes import grouped
 
 from modicum.fewshot import FineTune
 from modicum.heads import FewShot, few_shot
-from modicum.meta import MetaTrain, metatrain
+from modicum.meta import MetaTrain, ProtoNet, metatrain
 from modicum.methods import Bias, Full, Last, SparseUpdate, TinyTL, TinyTrain
 from modicum.models import MODELS
 from modicum.optim import Adam
@@ -61,6 +62,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.verb == "metatrain":
         meta_train(args)
+    elif args.verb == "keep":
+        keep(args)
     elif args.verb == "selection":
         selection(args)
     else:
@@ -69,7 +72,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("verb", choices=("metatrain", "compare", "selection"))
+    parser.add_argument("verb", choices=("metatrain", "keep", "compare", "selection"))
     parser.add_argument("--net", choices=backbones.NAMES, default="mcunet-5fps")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--tasks", type=int, default=30)
@@ -238,6 +241,22 @@ def meta_train(args: argparse.Namespace) -> None:
     show(args, {"trace": trace.model_dump(), "config": config.model_dump(mode="json")})
 
 
+def keep(args: argparse.Namespace) -> None:
+    """weights.pt of a training that was stopped: those of its best epoch on validation tasks."""
+    meta = folder(args) / "meta"
+    net = few_shot(backbones.load(args.net, classes=None), 5)
+    learner = ProtoNet().learner(net)
+    learner.load_state_dict(torch.load(meta / "checkpoint.pt", weights_only=True)["best"])
+    learner.write_to(net)
+    torch.save(net.state_dict(), meta / "weights.pt")
+
+
+def meta_log(args: argparse.Namespace) -> list[dict[str, float]]:
+    """What meta-training said of each epoch that it has done."""
+    path = folder(args) / "meta" / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def models(args: argparse.Namespace) -> dict[str, FewShot]:
     made = {"ImageNet": few_shot(backbones.load(args.net, classes=None), 5)}
     weights = folder(args) / "meta" / "weights.pt"
@@ -270,7 +289,7 @@ def compare(args: argparse.Namespace) -> None:
     far = [d for d in FAR if d in made.domains] or list(made.domains)
     show(args, {
         "tasks": args.tasks, "size": args.size, "validation_tasks": args.validation_tasks,
-        "rows": table(made, reference),
+        "meta_training": meta_log(args), "rows": table(made, reference),
         "pairs_far": pairs(made, far), "pairs_all": pairs(made, list(made.domains)),
     })  # fmt: skip
 

@@ -24,6 +24,7 @@ from modicum.ops.conv2d import inputs_of
 from modicum.plan import Plan
 from modicum.selection import Slice
 from modicum.state import cut, materialise
+from modicum.stream import Pass, Streaming, streaming
 
 Gates = tuple[Tensor | None, Tensor | None]
 """Of the input and of the output channels of a layer, 0 where one is left out."""
@@ -53,7 +54,13 @@ class Tuned(nn.Module):
     their channels are kept and get a gradient; that of the others is 0.  `gates` has the choice of
     the last pass, by layer.  Where the samples of an update do not pass together, they pass twice,
     first in ``with tuned.look():``, as on a board.
+
+    With `chunk` frozen layers take so many samples at a time, whatever passes together: less
+    memory for the same outputs, but for rounding.  Where frozen norms use the statistics of the
+    batch, some layers are computed twice (see `modicum.stream`).
     """
+
+    chunk: int | None = None
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         super().__init__()
@@ -65,6 +72,7 @@ class Tuned(nn.Module):
         self.gates: dict[str, Gates] = {}
         self._held: dict[str, Gates] = {}  # what `look` chose
         self._seen: dict[str, _Seen] | None = None  # while it looks
+        self._streams: dict[tuple[int, int, int, bool], Streaming] = {}
         self._ways = tuple(_Way.of(program) for program in plan.programs)
         self._looks = tuple(None if p is None else _Way.of(p) for p in plan.looks)
         # what takes part in the backward pass of some inner step
@@ -95,7 +103,13 @@ class Tuned(nn.Module):
         return {**self.trained, **statistics}
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._value(self._entering(x, self._way.boundary), self.nodes, self._graph.output)
+        way = self._way
+        if self.chunk is None or len(x) <= self.chunk or self._seen is not None:
+            values, nodes = self._entering(x, way.boundary), self.nodes
+        else:
+            values = self._streamed(x, self.chunk)
+            nodes = tuple(n for n in self.nodes if n.name in way.wanting)
+        y = self._value(values, nodes, self._graph.output)
         # a pass that only looks at inputs asks for no gradient, and a loop calls backward() anyway
         return y if self._seen is None or y.requires_grad else y.requires_grad_()
 
@@ -210,6 +224,73 @@ class Tuned(nn.Module):
                 del values[name]
         y = self._run(way, node, inputs)
         values[node.name] = y.contiguous() if node.name in boundary else y
+
+    def _streamed(self, x: Tensor, chunk: int) -> dict[str, Tensor]:
+        """What the frozen layers hand to the others, or the output if all are frozen."""
+        way, source = self._way, self._graph.input
+        key = (self.plan.pattern_of(self.inner_step), len(x), chunk, self.training)
+        if key not in self._streams:
+            self._streams[key] = streaming(way.program, len(x), chunk, self.training)
+        rows = [slice(i, i + chunk) for i in range(0, len(x), chunk)]
+        waiting: list[dict[str, Tensor]] = [{} for _ in rows]
+        affine: dict[str, tuple[Tensor, Tensor]] = {}
+        done: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for each in self._streams[key].passes:
+                moments = _Moments()
+                for i, part in enumerate(rows):
+                    values = {**self._entering(x[part], frozenset()), **waiting[i]}
+                    waiting[i] = waiting[i] if not each.kept else {}
+                    held = self._pass(each, values, affine)
+                    if each.norm is not None:
+                        waiting[i] = held
+                        moments.add(values[each.norm.inputs[0]])
+                        continue
+                    for name, value in held.items():
+                        if name not in done:
+                            done[name] = value.new_empty(len(x), *value.shape[1:])
+                        done[name][part] = value
+                if each.norm is not None:
+                    affine[each.norm.name] = self._normalising(each.norm, moments)
+        if source in way.boundary:
+            done |= self._entering(x, way.boundary)
+        return done
+
+    def _pass(
+        self,
+        each: Pass,
+        values: dict[str, Tensor],
+        affine: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Run the nodes of a pass on some samples; what these wait with at the cut."""
+        held = {name: values[name] for name in each.holds if name in values}
+        for k, node in enumerate(each.nodes, 1):
+            inputs = [values[name] for name in node.inputs]
+            for name in self._release[node.name]:
+                del values[name]
+            over, params = node.name in each.overwriting, self._params(node, {})
+            if node.op == "batch_norm" or node.name in affine:
+                scale, shift = affine.get(node.name) or _affine(params)
+                y = inputs[0] if over else inputs[0].clone()
+                y.mul_(_over_channels(scale, y)).add_(_over_channels(shift, y))
+            elif over:
+                y = torch.clamp_(inputs[0], node.attrs["lo"], node.attrs["hi"])
+            else:
+                y = OPS[node.op].forward(node, inputs, params)
+            values[node.name] = y
+            del inputs, y
+            if k == each.kept:
+                held = {name: values[name] for name in each.holds}
+        return held
+
+    def _normalising(self, norm: Node, moments: _Moments) -> tuple[Tensor, Tensor]:
+        """(scale, shift) by the statistics of the batch, which the running ones follow."""
+        params, momentum = self._params(norm, {}), norm.attrs["momentum"]
+        unbiased = moments.variance * moments.count / (moments.count - 1)
+        for role, now in (("mean", moments.mean), ("var", unbiased)):
+            params[role].lerp_(now, momentum)
+        rstd = (moments.variance + norm.attrs["eps"]).rsqrt()
+        return _affine({**params, "mean": moments.mean, "rstd": rstd})
 
     def _run(self, way: _Way, node: Node, inputs: list[Tensor]) -> Tensor:
         op = OPS[node.op]
@@ -416,6 +497,39 @@ class _Seen:
             for side in SIDES
         )
         return fw, bw
+
+
+class _Moments:
+    """Mean and variance of the channels of samples that come a few at a time.
+
+    Chan, Golub and LeVeque, 1979.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.variance = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        """(n, C, ...), of n >= 1 samples."""
+        variance, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        n = x.numel() // x.shape[1]
+        share = n / (self.count + n)
+        away = mean - self.mean.to(mean)
+        self.mean = self.mean.to(mean) + share * away
+        self.variance = (1 - share) * (
+            self.variance.to(mean) + share * away * away
+        ) + share * variance
+        self.count += n
+
+
+def _affine(p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A norm as y = scale x + shift."""
+    scale = p["weight"] * p["rstd"]
+    return scale, p["bias"] - p["mean"] * scale
+
+
+def _over_channels(v: Tensor, x: Tensor) -> Tensor:
+    return v.reshape(1, -1, *[1] * (x.dim() - 2))
 
 
 def _keep(k: Kept, node: Node, inputs: Sequence[Tensor], y: Tensor, aux: Tensor | None) -> Tensor:

@@ -426,3 +426,15 @@ def test_what_is_wanted_and_kept_can_be_asked_without_a_program():
     assert wanted["head"].dx == (True,) and wanted["op"].dx == (False,)
     assert list(wanted["op"].params) == ["bias"] and not wanted["below"].any
     assert not any(choose_saved(graph, wanted).values())
+
+
+def test_a_frozen_norm_of_the_batch_writes_over_its_input():
+    """Nothing needs it any more; one that passes gradient on keeps it."""
+    b = Builder(2, 4, 4)
+    x = b.norm(b.conv(b.norm(b.conv("input", 6, name="below"), name="still"), 6, name="conv"))
+    graph = b.graph(b.linear(b.flatten(x), 3, name="head"))
+    norms = tuple(n.name for n in graph.nodes if n.op == "batch_norm")
+    selection = Selection(updates=(Update(param="conv.weight"),), batch_norms=norms)
+    program = lower(graph, selection, SGD())
+    written = {s.node: s.writes for s in program.steps if s.phase == "forward"}
+    assert "below" in written["still"] and "conv" not in written[norms[1]]

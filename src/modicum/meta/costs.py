@@ -11,7 +11,7 @@ from modicum.apply import apply
 from modicum.attended import attach
 from modicum.capture import capture
 from modicum.live import LiveBytes
-from modicum.lower import Loss
+from modicum.lower import Loss, Program
 from modicum.meta.inner import loss_of
 from modicum.meta.learner import GradientLearner, Learner
 from modicum.meta.memory import StepMemory, dynamic_bytes
@@ -20,12 +20,13 @@ from modicum.meta.pmeta import PMetaLearner
 from modicum.optim import SGD
 from modicum.plan import Plan, plan
 from modicum.report.rules import AdaptationCost
+from modicum.stream import dynamic_by_step, streaming
 
 
 def adaptation_cost(
     net: nn.Module, learner: Learner, support: tuple[torch.Tensor, torch.Tensor]
 ) -> AdaptationCost:
-    """All inner steps of a judged task on a support set (n, ...), (n,), which passes at once.
+    """All inner steps of a judged task on a support set (n, ...), (n,).
 
     `net` is the plain one that the learner was made of.  For p-Meta with attention the plan counts
     the most channels that attention can leave, and what is measured has those that it chose.
@@ -33,19 +34,21 @@ def adaptation_cost(
     x, y = support
     sample, n = tuple(x.shape[1:]), len(x)
     if not isinstance(learner, GradientLearner) or not learner.judged:
-        memory = StepMemory(net, sample, n)
-        forward = memory.forward_peak(frozenset())
-        return AdaptationCost(samples=n, forward=forward, macs=memory.macs(frozenset())[0])
+        return _of_predicting(StepMemory(net, sample, n), n)
     loss: Loss = "mse" if y.is_floating_point() else "cross_entropy"
     if isinstance(learner, PMetaLearner):
         net = copy.deepcopy(net)
         attach(net, learner.attended, learner.rule.rho)
     graph = capture(net.eval(), torch.zeros(1, *sample))
-    made = plan(graph, None, method_of(learner), SGD(lr=1.0), loss=loss)
-    programs = [made.programs[made.pattern_of(k)] for k in range(learner.judged)]
+    made, summed = (
+        plan(graph, None, method_of(learner), SGD(lr=1.0), loss=loss, accumulate=k) for k in (1, n)
+    )
+    patterns = [made.pattern_of(k) for k in range(learner.judged)]
+    programs = [made.programs[i] for i in patterns]
     peaks = [dynamic_bytes(p, n) for p in programs]
-    macs = [n * sum(m.forward + m.dx + m.dw for m in p.macs.values()) for p in programs]
-    measured = _measured(net, made, learner.judged, x, y)
+    streams = [streaming(p, n) for p in programs]
+    macs = n * sum(m.forward + m.dx + m.dw for p in programs for m in p.macs.values())
+    whole, streamed = (_measured(net, made, learner.judged, x, y, chunk) for chunk in (None, 1))
     return AdaptationCost(
         samples=n,
         layers=tuple(
@@ -54,17 +57,45 @@ def adaptation_cost(
         ),
         backward=max(backward for _, backward in peaks),
         forward=max(forward for forward, _ in peaks),
-        measured_backward=measured[1],
-        measured_forward=measured[0],
-        macs=sum(macs),
+        measured_backward=whole[1],
+        measured_forward=whole[0],
+        macs=macs,
+        streamed=max(max(s.peak, s.forward) for s in streams),
+        measured_streamed=streamed[0],
+        streamed_macs=macs + n * sum(s.again for s in streams),
+        board=max(_on_board(p) for p in (*summed.programs, *summed.looks) if p is not None),
     )
 
 
+def _of_predicting(memory: StepMemory, n: int) -> AdaptationCost:
+    """The support set passes once, and no gradient is taken."""
+    program = memory.program(frozenset())
+    forward, macs = memory.forward_peak(frozenset()), memory.macs(frozenset())[0]
+    return AdaptationCost(
+        samples=n,
+        forward=forward,
+        macs=macs,
+        streamed=streaming(program, n).peak,
+        streamed_macs=macs,
+        board=_on_board(program),
+    )
+
+
+def _on_board(program: Program) -> int:
+    """The most bytes that one sample holds in a step, and the gradients summed so far."""
+    summed = (b.bytes for b in program.buffers.values() if b.kind == "accumulator")
+    return max(dynamic_by_step(program, 1)) + sum(summed)
+
+
 def _measured(
-    net: nn.Module, made: Plan, steps: int, x: torch.Tensor, y: torch.Tensor
+    net: nn.Module, made: Plan, steps: int, x: torch.Tensor, y: torch.Tensor, chunk: int | None
 ) -> tuple[int, int]:
-    """The most bytes that PyTorch holds in the (forward, backward) pass of an inner step."""
+    """The most bytes that PyTorch holds in the (forward, backward) pass of an inner step.
+
+    `chunk`: samples that frozen layers take at a time.
+    """
     tuned = apply(net, made).train()
+    tuned.chunk = chunk
     most = [0, 0]
     for tuned.inner_step in range(steps):
         with LiveBytes() as live:

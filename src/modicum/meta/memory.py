@@ -17,6 +17,7 @@ from modicum.graph import Graph
 from modicum.lower import Loss, Program, lower, lower_inference
 from modicum.optim import SGD
 from modicum.selection import Selection, Slice, Update
+from modicum.stream import dynamic_by_step
 
 
 class StepMemory:
@@ -82,21 +83,10 @@ class StepMemory:
 
 
 def dynamic_bytes(program: Program, samples: int) -> tuple[int, int]:
-    """The most bytes live at once in the (forward, backward) part of a step, beside weights,
-    optimiser state and accumulators."""
-    params = program.graph.params
-    live = [0] * (len(program.steps) + 1)
-    for name, (first, last) in program.lifetimes.items():
-        buffer = program.buffers[name]
-        if buffer.persistent:
-            continue
-        once = buffer.value in params or buffer.kind == "workspace"
-        size = buffer.bytes * (1 if once else samples)
-        live[first] += size
-        live[last + 1] -= size
-    most, now = [0, 0], 0
-    for change, step in zip(live, program.steps, strict=False):
-        now += change
+    """The most bytes live at once in the (forward, backward) part of a step, all samples passing
+    together; beside weights, optimiser state and accumulators."""
+    most = [0, 0]
+    for step, held in zip(program.steps, dynamic_by_step(program, samples), strict=True):
         part = 0 if step.phase in ("forward", "save") else 1
-        most[part] = max(most[part], now)
+        most[part] = max(most[part], held)
     return most[0], most[1]

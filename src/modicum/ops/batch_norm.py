@@ -156,6 +156,9 @@ class BatchStatNorm(Op):
         found = {"weight": dw, "bias": db}
         return [dx], {r: entries(found[r], s) for r, s in wanted.params.items()}
 
+    def inplace(self, graph, node):
+        return (0,)  # where its input is not kept
+
     def dx_inplace(self, graph, node, i):
         return True
 

@@ -37,21 +37,22 @@ class MaxPool2d(Op):
         return (kh * kw, int(wanted.dx[0]))
 
     def forward(self, node, x, p):
-        return self.forward_saving(node, x, p)[0]
+        import torch.nn.functional as F
+
+        return F.max_pool2d(x[0], *_max_args(node))
 
     def forward_saving(self, node, x, p):
         """The output, and for each element the winner's position kh * k_w + kw."""
         import torch.nn.functional as F
 
-        a = node.attrs
-        y, index = F.max_pool2d(
-            x[0], a["kernel"], a["stride"], a["pad"], a["dilation"], a["ceil"], return_indices=True
-        )
+        y, index = F.max_pool2d(x[0], *_max_args(node), return_indices=True)
         origin_h, origin_w = _origins(node, y)
+        dilation_h, dilation_w = node.attrs["dilation"]
         w = x[0].shape[-1]
-        kh = (index // w - origin_h) // a["dilation"][0]
-        kw = (index % w - origin_w) // a["dilation"][1]
-        return y, kh * a["kernel"][1] + kw
+        kw = index % w  # and on in place: these whole numbers are twice as large as y
+        kw.sub_(origin_w).floor_divide_(dilation_w)
+        kh = index.floor_divide_(w).sub_(origin_h).floor_divide_(dilation_h)
+        return y, kh.mul_(node.attrs["kernel"][1]).add_(kw)
 
     def backward(self, node, dy, kept, p, wanted, x_shapes):
         import torch
@@ -204,6 +205,11 @@ def _origins(node, y):
     rows = torch.arange(y.shape[2], device=y.device) * sh - ph
     cols = torch.arange(y.shape[3], device=y.device) * sw - pw
     return rows[:, None], cols[None, :]
+
+
+def _max_args(node):
+    a = node.attrs
+    return (a["kernel"], a["stride"], a["pad"], a["dilation"], a["ceil"])
 
 
 def _avg_args(node):

@@ -11,11 +11,21 @@ from modicum.units import count, duration, size
 
 
 class AdaptationCost(Frozen):
-    """Of all inner steps on the support set of a task, whose `samples` pass at once.
+    """Of all inner steps on the support set of a task, which has `samples`; bytes.
 
-    backward: the most bytes that the backward pass of a step holds, kept values and gradients;
-    forward: the most that a forward pass holds, which a prediction for as many samples takes too;
-    both by plan, and measured in PyTorch.  macs: of all steps.  layers: updated in each step.
+    All samples at once.  backward: what the backward pass of a step holds at most, kept values and
+    gradients; forward: what a forward pass does, and a prediction for as many samples; both by
+    plan, and measured in PyTorch.  macs: of all steps.
+
+    Frozen layers take one sample at a time (see `modicum.stream`).  streamed: what a forward pass
+    holds then, by plan and measured; streamed_macs: of all steps, with those that are computed
+    twice.  The backward pass is the same.
+
+    All layers take one sample at a time, as on a board.  board: the most bytes of a step, forward
+    or backward, with the gradients that are summed over the samples; nothing is measured in
+    PyTorch.
+
+    layers: updated in each step.
     """
 
     samples: int
@@ -25,6 +35,19 @@ class AdaptationCost(Frozen):
     measured_backward: int = 0
     measured_forward: int = 0
     macs: int = 0
+    streamed: int = 0
+    measured_streamed: int = 0
+    streamed_macs: int = 0
+    board: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of a step, by plan, where frozen layers take one sample at a time."""
+        return max(self.streamed, self.backward)
+
+    @property
+    def measured_peak(self) -> int:
+        return max(self.measured_streamed, self.measured_backward)
 
 
 class RuleRow(Frozen):
@@ -62,8 +85,8 @@ class RuleComparison(Frozen):
     def __str__(self) -> str:
         first = self.rows[0]
         score = "accuracy" if first.labels else "error"
-        head = ("", score, "layers by step", "backward", "measured", "forward", "measured", "MACs",
-                "training")  # fmt: skip
+        head = ("", score, "layers by step", "backward", "measured", "forward", "measured",
+                "streamed", "measured", "board", "MACs", "training")  # fmt: skip
         table = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(r[i]) for r in table) for i in range(len(head))]
         lines = [
@@ -77,8 +100,11 @@ class RuleComparison(Frozen):
             "",
             "backward: most bytes held in the backward pass of an inner step, by plan and in "
             "PyTorch; forward:",
-            "in a forward pass, which predicting takes too; MACs: of all inner steps; ±: 95 % "
-            "interval over tasks",
+            "in a forward pass, which predicting takes too; streamed: in one whose frozen layers "
+            "take a sample",
+            "at a time; board: in a step that takes a sample at a time, summed gradients included; "
+            "MACs: of all",
+            "inner steps; ±: 95 % interval over tasks",
         ]
         lines += [f"left out: {k}: {v}" for k, v in self.left_out.items()]
         return "\n".join(lines)
@@ -93,5 +119,7 @@ def _cells(row: RuleRow) -> tuple[str, ...]:
     return (
         row.label, shown, layers or "-", size(c.backward) if c.layers else "-",
         size(c.measured_backward) if c.layers else "-", size(c.forward),
-        size(c.measured_forward) if c.layers else "-", count(c.macs), duration(row.seconds),
+        size(c.measured_forward) if c.layers else "-", size(c.streamed),
+        size(c.measured_streamed) if c.layers else "-", size(c.board),
+        count(c.macs), duration(row.seconds),
     )  # fmt: skip

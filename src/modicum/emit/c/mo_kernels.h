@@ -114,7 +114,7 @@ void mo_silu_backward(float *dx, const float *dy, const float *x, int32_t n);
 /* ---- norm.c: on [pixels][c]; the batch is the one sample ---- */
 /* y = clamp((x - mean) * rstd * gamma + beta), rstd = 1 / sqrt(variance + eps).  With stats: mean
    and biased variance over the pixels, more than one; they are kept, c means and then c rstds.
-   stats NULL: the running statistics, and then it may be in place. */
+   stats NULL: the running statistics.  May be in place. */
 void mo_batch_norm_forward(float *y, const float *x, const float *gamma, const float *beta,
                            const float *running_mean, const float *running_var, float *stats,
                            int32_t pixels, int32_t c, float eps, float lo, float hi);
