@@ -204,27 +204,27 @@ class CharacterClients:
 
     def streams(self, client: int, support: int, query: int, rng: np.random.Generator) -> Streams:
         _within(client, self.clients, "client")
-        which, turn = divmod(client, self.turns)
-        sides = self._drawn(f"client {client}", which, support, query, rng)
-        first, second = (self._samples(which, turn, side) for side in sides)
+        part, turn = divmod(client, self.turns)
+        sides = self._drawn(f"client {client}", part, support, query, rng)
+        first, second = (self._samples(part, turn, side) for side in sides)
         return first, second
 
     def newcomer(self, which: int, shots: int, query: int, rng: np.random.Generator) -> Few:
         _within(which, self.newcomers, "newcomer")
-        which += self.clients // self.turns
-        sides = self._drawn(f"newcomer {which}", which, shots * self.ways, query, rng)
-        few, tests = (list(self._samples(which, 0, side)) for side in sides)
+        part = self.clients // self.turns + which
+        sides = self._drawn(f"newcomer {which}", part, shots * self.ways, query, rng)
+        few, tests = (list(self._samples(part, 0, side)) for side in sides)
         return few, tests
 
     def _drawn(
-        self, who: str, which: int, support: int, query: int, rng: np.random.Generator
+        self, who: str, part: int, support: int, query: int, rng: np.random.Generator
     ) -> tuple[Indices, Indices]:
         """(position, label) pairs of both sides, classes as evenly as the numbers allow."""
         each = -(-support // self.ways), -(-query // self.ways)
-        sides = self._parts[which].sides(self.ways, *each, rng)
+        sides = self._parts[part].sides(self.ways, *each, rng)
         if sides is None:
             raise InvalidInput(
-                f"{who} ({self.alphabets[which]!r}) has fewer than {self.ways} characters with "
+                f"{who} ({self.alphabets[part]!r}) has fewer than {self.ways} characters with "
                 f"{each[0]} + {each[1]} images" + (" of other drawers" if min(each) else ""),
                 hint="fewer ways, or a smaller support and query",
             )
@@ -234,8 +234,8 @@ class CharacterClients:
         )
         return first, second
 
-    def _samples(self, which: int, turn: int, drawn: Indices) -> Iterator[Sample]:
-        dataset = self._parts[which].dataset
+    def _samples(self, part: int, turn: int, drawn: Indices) -> Iterator[Sample]:
+        dataset = self._parts[part].dataset
         for i, label in drawn.tolist():
             x, _ = _sample(dataset, self.preprocess, i)
             yield np.ascontiguousarray(np.rot90(x, turn, axes=(1, 2))), label
