@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import modicum as mo
+from modicum.federated.layout import Layout, Part
 
 
 class Lines:
-    """Regression of y = a x0 + b x1, a line per client; newcomers come after the clients."""
+    """Regression of y = a x0 + b x1, a line per client, not far from one another."""
 
     loss = "mse"
 
@@ -29,7 +30,7 @@ class Lines:
         return list(self._draw(i, shots, rng)), list(self._draw(i, query, rng))
 
     def _draw(self, i, n, rng) -> Iterator:
-        slope = np.random.default_rng([5, i]).normal(size=2)
+        slope = (2, -1) + 0.3 * np.random.default_rng([5, i]).normal(size=2)
         own = np.random.default_rng(rng.integers(1 << 62))
 
         def points():
@@ -53,3 +54,45 @@ class Net(nn.Module):
 def make_net(seed=0):
     torch.manual_seed(seed)
     return Net()
+
+
+class LineLearner:
+    """y = w x + b by hand, in float32: what a federation needs of a learner, at no cost.
+
+    All is shared, or, where the rule has a local part, b is the client's.
+    """
+
+    def __init__(self, rule, deploys=False):
+        self.rule, self.deploys = rule, deploys
+        part, rest = Part("w", (2,), "flat", 0, 0), Part("b", (1,), "flat", 2, 1)
+        local = (rest,) if rule.local else ()
+        parts = (part,) if rule.local else (part, rest)
+        self.layout = Layout(parts, local, b"lines" + bytes([len(local)] * 11))
+        self.begin(np.zeros(self.layout.size, np.float32))
+
+    def begin(self, shared):
+        self.w = np.concatenate([shared, np.zeros(3 - len(shared), np.float32)])
+        self.updates, self.waiting = 0, []
+
+    def learn(self, x, target):
+        error = self.predict(x)[0] - target[0]
+        self.waiting.append(2 * error * np.append(x, np.float32(1)))
+        if len(self.waiting) == self.rule.batch:
+            self.w = self.w - self.rates() * np.mean(self.waiting, 0, dtype=np.float32)
+            self.updates, self.waiting = self.updates + 1, []
+        return float(error**2)
+
+    def rates(self):
+        rule = self.rule
+        if not rule.local:
+            return np.float32(rule.rate)
+        first = (rule.reconstruct * 4 if self.deploys else rule.support) // rule.batch
+        if self.updates < first:
+            return np.array([0, 0, rule.rate_local], np.float32)
+        return np.array([rule.rate, rule.rate, self.deploys * rule.rate_local], np.float32)
+
+    def predict(self, x):
+        return np.array([self.w[:2] @ x + self.w[2]], np.float32)
+
+    def shared(self):
+        return self.w[: self.layout.size].copy()

@@ -240,6 +240,7 @@ class Federate(Strategy):
 
     def _append(self, kind: str, what: dict[str, Any]) -> None:
         if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / HISTORY).open("a") as file:
                 file.write(json.dumps({"kind": kind, **what}) + "\n")
 
