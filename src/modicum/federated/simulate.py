@@ -52,6 +52,7 @@ def simulate(
     if ray.is_initialized():
         raise UsageError("Ray is in use in this process", why="the simulation would stop it")
 
+    settings = settings.model_copy(update={"cache": str(settings.place.absolute())})
     strategy = strategy_of(settings, **more)
     server = ServerApp()
     finished = []
@@ -61,7 +62,8 @@ def simulate(
         run_rounds(strategy, grid, wrap=wrap, timeout=settings.timeout)
         finished.append(True)
 
-    with _ray_folder() as folder, _as_it_was("PYTHONPATH"):
+    with _ray_folder() as folder, _as_it_was("PYTHONPATH", "FLWR_HOME"):
+        os.environ["FLWR_HOME"] = folder
         quiet(logging.ERROR)  # above its deprecation
         run_simulation(
             server, client_app(partial(_open, settings)),
@@ -100,12 +102,13 @@ def _ray_folder() -> Iterator[str]:
 
 
 @contextmanager
-def _as_it_was(name: str) -> Iterator[None]:
-    """Flower's backend changes this variable for good."""
-    before = os.environ.get(name)
+def _as_it_was(*names: str) -> Iterator[None]:
+    """Environment variables that are changed: PYTHONPATH by Flower's backend, for good."""
+    before = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from modicum.federated.app.task import open_site
-from modicum.federated.client_app import client_app
+from modicum.federated.client_app import Site, client_app
+from modicum.federated.flower import Context
+
+
+def open_site(context: Context) -> Site:
+    """Imported when it is needed: a process that only answers the roll call needs no PyTorch."""
+    from modicum.federated.app import task
+
+    return task.open_site(context)
+
 
 app = client_app(open_site)

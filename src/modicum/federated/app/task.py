@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
+import modicum
 from modicum.errors import InvalidInput, UsageError
 from modicum.federated.cases import CASES, Case
 from modicum.federated.client_app import Site
@@ -43,34 +45,35 @@ NODE = ("learner", "link", "data", "cache", "board")
 class Settings(Frozen):
     """What a run config says, with `-` for `_`; `NODE` are settings that a node config overrides.
 
-    case: a use case of `cases.CASES`; data: the paths that it reads, with os.pathsep between them.
-    rule: a method's name, or JSON with its `kind` and other values; what is not said there is the
-    case's.  The first `clients` of the population take part, and so many `newcomers` are judged
-    every `judge_every` rounds (0: never), each with `shots` (0: the case's) and `tests` samples,
-    `tasks` times.  board: a plan has to fit it.  learner: what clients train with; link: of a
-    board, where it is (``/dev/ttyACM0``, ``host:port``).  out: the server's folder, from which a
-    run that was killed goes on; cache: where clients keep emitted C (by default with Flower's own
-    files).  Seconds: `wait` for clients at the start, `timeout` for their answers in a round.
+    >>> Settings.of({"judge-every": 5}, {"partition-id": 0, "learner": "native"}).learner
+    'native'
     """
 
-    case: str = "sines"
-    data: str = ""
-    rule: str = "tinymetafed"
-    rounds: Annotated[int, Field(ge=1)] = 100
-    clients: Annotated[int, Field(ge=1)] = 8
-    newcomers: Annotated[int, Field(ge=0)] = 0
-    judge_every: Annotated[int, Field(ge=0)] = 0
-    shots: Annotated[int, Field(ge=0)] = 0
-    tests: Annotated[int, Field(ge=1)] = 50
-    tasks: Annotated[int, Field(ge=1)] = 1
-    seed: Annotated[int, Field(ge=0)] = 0
-    learner: Literal["torch", "native", "board"] = "torch"
-    link: str = ""
-    board: str = ""
-    out: str = ""
-    cache: str = ""
-    wait: Annotated[float, Field(gt=0)] = 120.0
-    timeout: Annotated[float, Field(gt=0)] = 3600.0
+    case: str = Field("sines", description="a use case: " + ", ".join(CASES))
+    data: str = Field("", description=f"the case's files, with {os.pathsep!r} between them")
+    rule: str = Field(
+        "tinymetafed",
+        description="a method, or JSON with its kind and other values; the rest is the case's",
+    )
+    rounds: int = Field(100, ge=1, description="rounds in all")
+    clients: int = Field(8, ge=1, description="the first of the population, which take part")
+    newcomers: int = Field(0, ge=0, description="new clients, which are judged")
+    judge_every: int = Field(0, ge=0, description="rounds between judgements, 0: never")
+    shots: int = Field(
+        0, ge=0, description="samples (of each class) of a new client, 0: the case's"
+    )
+    tests: int = Field(50, ge=1, description="samples that it is tested on")
+    tasks: int = Field(1, ge=1, description="times that it is, each with other samples")
+    seed: int = Field(0, ge=0, description="of the weights, the samples, and who takes part")
+    learner: Literal["torch", "native", "board"] = Field(
+        "torch", description="what a client trains with: PyTorch, the emitted C, or a board"
+    )
+    link: str = Field("", description="where a client's board is: /dev/ttyACM0, or host:port")
+    board: str = Field("", description="a board that the plan has to fit")
+    out: str = Field("", description="the server's folder: a run that was killed goes on from it")
+    cache: str = Field("", description="a client's folder of plans and emitted C")
+    wait: float = Field(120.0, gt=0, description="seconds to wait for clients at the start")
+    timeout: float = Field(3600.0, gt=0, description="seconds to wait for answers in a round")
 
     @staticmethod
     def of(run: Mapping[str, Any], node: Mapping[str, Any] | None = None) -> Settings:
@@ -85,12 +88,24 @@ class Settings(Frozen):
         """The run config that says this."""
         return {k.replace("_", "-"): v for k, v in self.model_dump().items()}
 
+    @property
+    def place(self) -> Path:
+        """The cache's folder."""
+        home = os.environ.get("FLWR_HOME")
+        default = Path(home) / "modicum" if home else Path.home() / ".cache" / "modicum"
+        return Path(self.cache) if self.cache else default
+
 
 def strategy_of(settings: Settings, **more: Any) -> Federate:
-    """The server's side: the weights that a federation starts from, and its strategy."""
-    model, _, rule, plans = _problem(settings)
+    """The server's side: the weights that a federation starts from, and its strategy.
+
+    It reads no data; `more` goes to `Federate`.
+    """
+    case, rule = _case_and_rule(settings)
+    model = _model(settings)
+    plan, _ = _plans(settings, model, settings.shots or case.shots)
     server = Server(
-        rule, Layout.of(plans[0], rule.local).model, initial_weights(model, plans[0], rule),
+        rule, Layout.of(plan, rule.local).model, initial_weights(model, plan, rule),
         settings.rounds, settings.seed,
     )  # fmt: skip
     return Federate(
@@ -107,15 +122,18 @@ def open_site(context: Context) -> Site:
 @lru_cache(maxsize=4)
 def site_of(settings: Settings) -> Site:
     """A site whose learners are made when they are first needed: most clients need one of two."""
-    model, population, rule, plans = _problem(settings)
+    case, rule = _case_and_rule(settings)
+    paths = [p for p in settings.data.split(os.pathsep) if p]
+    whole = case.population(paths, settings.seed)
+    shots = settings.shots or case.shots
+    model = _model(settings)
+    plans = _plans(settings, model, shots_in_all(whole, shots))
     training, deployment = (
-        cast(Learner, _Late(lambda plan=plan: _learner(settings, model, plan, rule)))  # type: ignore[misc]
-        for plan in plans
+        cast(Learner, _Late(partial(_learner, settings, model, plan, rule))) for plan in plans
     )
-    shots = settings.shots or CASES[settings.case].shots
     return Site(
-        rule, population, training, deployment, shots, settings.tests, settings.tasks,
-        settings.seed,
+        rule, Fewer(whole, settings.clients, settings.newcomers), training, deployment, shots,
+        settings.tests, settings.tasks, settings.seed,
     )  # fmt: skip
 
 
@@ -130,7 +148,8 @@ def rule_of(text: str, case: Case) -> FederatedRule:
     try:
         given = json.loads(text) if text.lstrip().startswith("{") else {"kind": text}
         mine: dict[str, Any] = {"rate": case.rate, "rate_local": case.rate_local, "tune": case.tune}
-        if given.get("support", _SUPPORT.get(given.get("kind"))):  # this method keeps a part local
+        keeps_local = given.get("support", _SUPPORT.get(str(given.get("kind"))))
+        if keeps_local:
             mine["local"] = case.local
         return _RULES.validate_python({**mine, **given})
     except ValidationError as error:
@@ -182,22 +201,33 @@ class _Late:
         return getattr(self._made, name)
 
 
-@lru_cache(maxsize=4)
-def _problem(settings: Settings) -> tuple[nn.Module, Population, FederatedRule, tuple[Plan, Plan]]:
-    """Model, population, rule and plans: the same in every process of a run."""
+def _case_and_rule(settings: Settings) -> tuple[Case, FederatedRule]:
     if settings.case not in CASES:
         raise UsageError(f"no case is called {settings.case!r}", hint=", ".join(CASES))
     case = CASES[settings.case]
-    rule = rule_of(settings.rule, case)
-    paths = [p for p in settings.data.split(os.pathsep) if p]
-    population = Fewer(case.population(paths, settings.seed), settings.clients, settings.newcomers)
+    return case, rule_of(settings.rule, case)
+
+
+def _model(settings: Settings) -> nn.Module:
+    """The same weights in every process of a run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = case.model()
-    shots = shots_in_all(population.whole, settings.shots or case.shots)
-    example = torch.zeros(1, *case.input)
-    plans = client_plans(model, example, rule, case.loss, shots, settings.board or None)
-    return model, population, rule, plans
+        return CASES[settings.case].model()
+
+
+def _plans(settings: Settings, model: nn.Module, shots: int) -> tuple[Plan, Plan]:
+    """Those of a round, and of a new client with so many samples, made once for all processes."""
+    case, rule = _case_and_rule(settings)
+    inputs = (settings.case, rule.model_dump(mode="json"), shots, settings.board)
+    with _alone(settings.place):
+        files = [settings.place / f"plan-{_key(inputs)}-{of}.json" for of in ("round", "new")]
+        if all(file.exists() for file in files):
+            return Plan.load(files[0]), Plan.load(files[1])
+        example = torch.zeros(1, *case.input)
+        plans = client_plans(model, example, rule, case.loss, shots, settings.board or None)
+        for plan, file in zip(plans, files, strict=True):
+            plan.save(file)
+    return plans
 
 
 def _learner(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRule) -> Learner:
@@ -205,9 +235,8 @@ def _learner(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRu
         return make_learner(model, plan, rule, "torch", Path())
     if settings.learner == "board":
         return _board(settings, plan, rule)
-    folder = Path(settings.cache) if settings.cache else _home() / "modicum"
-    with _alone(folder):  # processes that start together would build the same folder
-        return make_learner(model, plan, rule, "native", folder)
+    with _alone(settings.place):  # processes that start together would build the same folder
+        return make_learner(model, plan, rule, "native", settings.place)
 
 
 def _board(settings: Settings, plan: Plan, rule: FederatedRule) -> Learner:
@@ -224,9 +253,15 @@ def _board(settings: Settings, plan: Plan, rule: FederatedRule) -> Learner:
     return BoardLearner(Link(line), plan, rule.local)
 
 
-def _home() -> Path:
-    """Where Flower keeps its own files on this node."""
-    return Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
+def _key(inputs: object) -> str:
+    """Of what is made from `inputs` by this very code: a new version makes it anew."""
+    root = Path(modicum.__file__).parent
+    code = [
+        (str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(root.rglob("*.py"))
+    ]
+    text = json.dumps([inputs, code, torch.__version__], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -236,7 +271,7 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as error:
-        raise InvalidInput(f"cannot keep emitted C in {folder}", why=str(error)) from None
+        raise InvalidInput(f"{folder} cannot be the cache", why=str(error)) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

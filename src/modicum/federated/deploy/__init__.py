@@ -1,0 +1,1 @@
+"""Flower's deployment engine: certificates, node keys, a server with TLS, and nodes it knows."""
