@@ -76,8 +76,8 @@ def simulate(
 
 
 def _open(settings: Settings, context: Context) -> Site:
-    """Known to Ray's workers by its name: what they load anew with each message is in here."""
-    return site_of(settings)
+    """Known to Ray's workers by its name: the app itself is loaded anew with each message."""
+    return site_of(settings.config(), context.node_config)
 
 
 def _backend(folder: str, cpus: int, cpus_per_client: float) -> dict[str, Any]:

@@ -115,22 +115,35 @@ def strategy_of(settings: Settings, **more: Any) -> Federate:
 
 
 def open_site(context: Context) -> Site:
-    """The client's side of the run that a context belongs to, made once in a process."""
-    return site_of(Settings.of(context.run_config, context.node_config))
+    """The client's side of the run that a context belongs to."""
+    return site_of(context.run_config, context.node_config)
+
+
+def site_of(run: Mapping[str, Any], node: Mapping[str, Any]) -> Site:
+    """The client's side, by run config and node config, made once in a process."""
+    settings = Settings.of(run, node)
+    new = int(node["partition-id"]) >= settings.clients
+    return _site(settings, new if settings.learner == "board" else False)
 
 
 @lru_cache(maxsize=4)
-def site_of(settings: Settings) -> Site:
-    """A site whose learners are made when they are first needed: most clients need one of two."""
+def _site(settings: Settings, new: bool) -> Site:
+    """`new` says which of the two plans a board has, which has one.
+
+    The learners are made when they are first needed: most clients need one of the two.
+    """
     case, rule = _case_and_rule(settings)
     paths = [p for p in settings.data.split(os.pathsep) if p]
     whole = case.population(paths, settings.seed)
     shots = settings.shots or case.shots
     model = _model(settings)
     plans = _plans(settings, model, shots_in_all(whole, shots))
-    training, deployment = (
-        cast(Learner, _Late(partial(_learner, settings, model, plan, rule))) for plan in plans
-    )
+    if settings.learner == "board":
+        training = deployment = _board(settings, plans[new], rule)
+    else:
+        training, deployment = (
+            cast(Learner, _Late(partial(_learner, settings, model, plan, rule))) for plan in plans
+        )
     return Site(
         rule, Fewer(whole, settings.clients, settings.newcomers), training, deployment, shots,
         settings.tests, settings.tasks, settings.seed,
@@ -196,8 +209,6 @@ class _Late:
         return self._make()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
         return getattr(self._made, name)
 
 
@@ -231,12 +242,9 @@ def _plans(settings: Settings, model: nn.Module, shots: int) -> tuple[Plan, Plan
 
 
 def _learner(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRule) -> Learner:
-    if settings.learner == "torch":
-        return make_learner(model, plan, rule, "torch", Path())
-    if settings.learner == "board":
-        return _board(settings, plan, rule)
+    kind: Literal["torch", "native"] = "native" if settings.learner == "native" else "torch"
     with _alone(settings.place):  # processes that start together would build the same folder
-        return make_learner(model, plan, rule, "native", settings.place)
+        return make_learner(model, plan, rule, kind, settings.place)
 
 
 def _board(settings: Settings, plan: Plan, rule: FederatedRule) -> Learner:
