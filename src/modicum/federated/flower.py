@@ -39,7 +39,11 @@ from flwr.app import (  # noqa: E402
 )
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
-from flwr.serverapp.strategy import Result, Strategy  # noqa: E402
+from flwr.serverapp.strategy import (  # noqa: E402
+    DifferentialPrivacyServerSideFixedClipping,
+    Result,
+    Strategy,
+)
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 __all__ = [
@@ -49,6 +53,7 @@ __all__ = [
     "ClientApp",
     "ConfigRecord",
     "Context",
+    "DifferentialPrivacyServerSideFixedClipping",
     "Error",
     "Grid",
     "Message",
