@@ -128,3 +128,25 @@ class Deaf:
 
     def close(self) -> None:
         self.line.close()
+
+
+class Echoing:
+    """Brings back what was written, and whatever the board says goes to the board again."""
+
+    def __init__(self, line: Line) -> None:
+        self.line, self.echo = line, b""
+
+    def read(self, timeout: float) -> bytes:
+        echo, self.echo = self.echo, b""
+        if echo:
+            return echo
+        data = self.line.read(timeout)
+        self.line.write(data)
+        return data
+
+    def write(self, data: bytes) -> None:
+        self.echo += data
+        self.line.write(data)
+
+    def close(self) -> None:
+        self.line.close()

@@ -47,7 +47,8 @@ def test_an_emulated_board_learns_the_same_bits_as_the_library_within_its_ram(bo
             learner.predict(np.ones(1, np.float32))
         agree(native, learner, start, list(sines(32)))
         again, pid = learner.figures(), board.line.pid
-        assert abs(again.learn - figures.learn) <= 1  # the counter's ticks are not whole instructions
+        # the counter's ticks are not whole instructions
+        assert abs(again.learn - figures.learn) <= 1
         assert abs(again.predict - figures.predict) <= 1
         assert 1_000 < again.predict < again.learn < 1_000_000  # executed instructions
     with pytest.raises(ProcessLookupError):

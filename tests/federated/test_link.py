@@ -19,7 +19,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from federated.link_boards import LOCAL, Boards, Damaging, Deaf, agree, sines
+from federated.link_boards import LOCAL, Boards, Damaging, Deaf, Echoing, agree, sines
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +32,7 @@ from modicum.federated.link import (
     BoardSilent,
     Frames,
     Link,
+    Program,
     Serial,
     Socket,
     stuff,
@@ -141,6 +142,12 @@ def test_a_sample_whose_answer_was_lost_is_not_learned_twice(board, folder, nati
     assert other.figures().repeated > traffic.requests - 20
 
 
+def test_an_echo_is_neither_an_answer_nor_a_request(board, folder, native):
+    other = learner(board, folder, Echoing(board.line))
+    agree(native, other, native.shared(), list(sines(20)))
+    assert other.link.traffic.repeats == other.figures().damaged == 0
+
+
 def test_a_sample_of_a_small_net_is_one_short_frame(board, folder):
     board = learner(board, folder)
     board.begin(board.shared())
@@ -211,8 +218,15 @@ def test_a_second_gateway_takes_the_board_and_the_first_is_told(board, folder):
         first.predict(np.ones(1, np.float32))
 
 
+def test_what_a_program_said_before_it_ended_is_in_the_error(folder):
+    line = Program(["sh", "-c", "echo the stack overflowed >&2"])
+    with pytest.raises(BoardSilent, match="the stack overflowed"):
+        BoardLearner(Link(line), folder, LOCAL)
+
+
 def test_a_line_that_cannot_be_opened_says_why(folder, tmp_path):
-    for line in (Serial(tmp_path / "tty"), Socket(str(tmp_path / "socket"))):
+    nowhere = str(tmp_path / "nowhere")
+    for line in (Serial(nowhere), Socket(nowhere), Program([nowhere])):
         with pytest.raises(BoardSilent, match="No such file"):
             BoardLearner(Link(line), folder, LOCAL)
     (tmp_path / "file").touch()
@@ -395,7 +409,7 @@ def test_the_firmware_takes_any_bytes_under_the_sanitizers(boards, folder, tmp_p
         data = b"".join(_anything(rng, sequence) for sequence in range(4000))
         done = subprocess.run([str(program)], input=data, capture_output=True, check=False)
         assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
-        kinds = {frame[6] for frame in Frames().feed(done.stdout) if frame[7] == 0}
+        kinds = {frame[6] - wire.ANSWER for frame in Frames().feed(done.stdout) if frame[7] == 0}
         assert kinds >= set(range(wire.HELLO, wire.STATS + 1)) - {wire.COMMIT}
 
 

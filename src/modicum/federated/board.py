@@ -176,10 +176,19 @@ class Figures:
 
 
 def keep_private(folder: str | Path, local: Sequence[str] = ()) -> None:
-    """Write `link_config.h`: firmware built from the folder keeps these parameters to itself."""
+    """Write `link_config.h`: firmware built from the folder keeps these parameters to itself.
+
+    Raises InvalidInput for a folder without a link.
+    """
+    file = Path(folder) / "link" / "link_config.h"
+    if not file.is_file():
+        raise InvalidInput(
+            f"{folder} has no link",
+            why="it has no link/link_config.h",
+            hint="emit(model, plan, folder)",
+        )
     plan = Plan.load(Path(folder) / "plan.json")
     text = link_config(plan, {p.index for p in Layout.of(plan, local).local})
-    file = Path(folder) / "link" / "link_config.h"
     if file.read_text() != text:  # make builds again what is newer
         file.write_text(text)
 

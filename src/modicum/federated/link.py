@@ -29,6 +29,7 @@ WORDS = 64  # of 32 bits, in the longest payload
 HELLO, SLICE, BEGIN, WRITE, COMMIT, SAMPLE = 1, 2, 3, 4, 5, 6
 LEARN, PREDICT, OUTPUT, READ, STATS, LEARN_OWN = 7, 8, 9, 10, 11, 12
 
+ANSWER = 128  # added to the kind of a request
 E_SESSION = 64
 OF_VALUES = (2, 3, 4, 68, 69, 70, 72, 73)  # statuses that what was sent has brought about
 
@@ -132,7 +133,7 @@ class Link:
 
     def _answer(self, kind: int) -> tuple[int, bytes] | None:
         """Status and payload, or None when the time is up.  Answers to earlier requests pass by."""
-        mine = (self._session, self._sequence, kind)
+        mine = (self._session, self._sequence, kind + ANSWER)
         end = time.monotonic() + self.timeout
         while (left := end - time.monotonic()) > 0:
             data = self.line.read(left)
@@ -218,9 +219,6 @@ class _Descriptors:
 
     _fds: tuple[int, int] | None = None  # to read from, to write to
 
-    def _open(self) -> tuple[int, int]:
-        raise NotImplementedError
-
     def read(self, timeout: float) -> bytes:
         if self._fds is None:
             raise ConnectionError("it is not open")
@@ -228,12 +226,11 @@ class _Descriptors:
             if not _ready(self._fds[0], select.POLLIN, timeout):
                 return b""
             data = os.read(self._fds[0], 4096)
-        except OSError:
+            if not data:
+                raise ConnectionError("the other side has ended")
+        except OSError as error:
             self.close()
-            raise
-        if not data:
-            self.close()
-            raise ConnectionError("the other side has ended")
+            raise self._explained(error) from None
         return data
 
     def write(self, data: bytes) -> None:
@@ -244,14 +241,20 @@ class _Descriptors:
                 if not _ready(self._fds[1], select.POLLOUT, 10.0):
                     raise TimeoutError("nothing can be written")
                 data = data[os.write(self._fds[1], data) :]
-        except OSError:
+        except OSError as error:
             self.close()
-            raise
+            raise self._explained(error) from None
 
     def close(self) -> None:
         for fd in set(self._fds or ()):
             os.close(fd)
         self._fds = None
+
+    def _open(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _explained(self, error: OSError) -> OSError:
+        return error
 
 
 class Serial(_Descriptors):
@@ -305,21 +308,16 @@ class Program(_Descriptors):
         self.command = list(command)
         self.pid: int | None = None
 
-    def read(self, timeout: float) -> bytes:
-        try:
-            return super().read(timeout)
-        except ConnectionError as error:
-            raise ConnectionError("\n".join([str(error), *self._last_words])) from None
-
     def _open(self) -> tuple[int, int]:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            bufsize=0,
-        )
+        pipe = subprocess.PIPE
+        try:
+            process = subprocess.Popen(
+                self.command, stdin=pipe, stdout=pipe, stderr=self._stderr, bufsize=0
+            )
+        except OSError:
+            self._stderr.close()
+            raise
         assert process.stdin is not None and process.stdout is not None
         self.pid = process.pid
         self._end = weakref.finalize(self, _end, process)
@@ -333,6 +331,9 @@ class Program(_Descriptors):
             with self._stderr as file:
                 file.seek(0)
                 self._last_words = file.read().decode(errors="replace").splitlines()[-8:]
+
+    def _explained(self, error: OSError) -> OSError:
+        return ConnectionError("\n".join([str(error), *self._last_words]))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

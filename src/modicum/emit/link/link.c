@@ -84,8 +84,12 @@ static void obey(mo_link_t *l)
 {
   mo_link_frame_t *const r = &l->request;
   const uint32_t payload = l->received - HEAD - CRC;
+  if (r->kind >= MO_LINK_ANSWER) {
+    return; /* an echo of its own */
+  }
   if (r->session == 0u || (r->session != l->answer.session && r->kind != MO_LINK_HELLO)) {
     /* in its own frame: `answer` belongs to the session that there is */
+    r->kind = (uint8_t)(r->kind + MO_LINK_ANSWER);
     r->status = MO_LINK_E_SESSION;
     send_frame(l, r, 0);
     return;
@@ -104,7 +108,7 @@ static void obey(mo_link_t *l)
   }
   l->answer.session = r->session;
   l->answer.sequence = r->sequence;
-  l->answer.kind = r->kind;
+  l->answer.kind = (uint8_t)(r->kind + MO_LINK_ANSWER);
   l->answered = 0;
   const int status = payload % 4u == 0u ? work(l, payload / 4u) : MO_LINK_E_LENGTH;
   if (r->kind != MO_LINK_SAMPLE || status != MO_OK) {

@@ -10,8 +10,9 @@
             a frame whose CRC is wrong is as if it had never come.
 
    Request  The host is master, and has one request on its way at a time.  It repeats a request that
-            is not answered in time, unchanged.  An answer carries the session, sequence and kind of
-            its request; status 0, or why not, with the reason as text in the payload.
+            is not answered in time, unchanged.  An answer carries the session and sequence of its
+            request, its kind + 128 (so that an echo is no answer), and status 0, or why not, with
+            the reason as text in the payload.
 
             `sequence` goes up by one with each request.  The board keeps its last answer: to the
             same sequence it sends it again and does nothing twice; an older one it ignores.
@@ -20,7 +21,7 @@
             A board that restarted has none and refuses every other request (MO_LINK_E_SESSION): so
             the host learns that the task is lost.  A new session begins without a task.
 
-            kind            payload of the request       of the answer
+      kind            payload of the request       of the answer
     1 HELLO           -                            version, plan hash (4 words), inputs,
                                                    outputs, targets, accumulate, slices,
                                                    flags: 1 sensor, 2 parity build
@@ -38,10 +39,11 @@
 
             All are words of 32 bits; values, outputs and losses are floats.
 
-   Task     BEGIN sets the initial weights, with nothing learned.  WRITE overwrites trained slices;
-            from the first one on everything but WRITE is refused until COMMIT, whose CRC is over all
-            slices that are not private, in their order, as they now stand in the arena: training
-            never starts from half a state.  After the first LEARN only BEGIN makes room for WRITE.
+   Task     BEGIN sets the initial weights, with nothing learned.  WRITE overwrites trained slices.
+            From the first one on LEARN, PREDICT and READ are refused until COMMIT, whose CRC is
+            over all slices that are not private, in their order, as they then stand in the arena:
+            training never starts from half a state.  Once a sample was learned, or after COMMIT,
+            only BEGIN makes room for WRITE.
 
    Sample   its inputs, then for mse its targets, as one row of floats.  SAMPLE brings it piece by
             piece, in order; the last piece travels with LEARN or PREDICT itself, so that a small
@@ -59,7 +61,8 @@
 #endif
 
 #define MO_LINK_VERSION 1u
-#define MO_LINK_WORDS 64u /* of the longest payload */
+#define MO_LINK_WORDS 64u   /* of the longest payload */
+#define MO_LINK_ANSWER 128u /* added to the kind of a request */
 
 enum {
   MO_LINK_HELLO = 1,
@@ -81,7 +84,7 @@ enum {
   MO_LINK_E_SESSION = 64, /* not the session of this board: it restarted, or another host came */
   MO_LINK_E_KIND = 65,    /* no such request */
   MO_LINK_E_LENGTH = 66,  /* a payload of another length than the request has */
-  MO_LINK_E_TASK = 67,    /* no task has begun, or its weights are half written, or it is under way */
+  MO_LINK_E_TASK = 67,    /* no task, or its weights are half written, or it is under way */
   MO_LINK_E_SLICE = 68,   /* no such slice, or not so many values in it */
   MO_LINK_E_PRIVATE = 69, /* the slice stays on the board */
   MO_LINK_E_VALUE = 70,   /* values that are not finite; nothing was written */
@@ -91,11 +94,11 @@ enum {
 };
 
 typedef struct {
-  uint32_t net, arena_high_water;                  /* bytes: the net's struct, the used part of its arena */
-  uint32_t data, bss, stack_size, stack_high_water; /* bytes; `bss` without the net */
-  uint32_t link;                                   /* bytes of .bss that are the link's */
-  uint32_t learn, predict;                         /* the last one's instructions (host: microseconds) */
-  uint32_t damaged, repeated;                      /* frames since the start */
+  /* bytes: the net's struct and the used part of its arena; the others, `bss` without the net */
+  uint32_t net, arena_high_water, data, bss, stack_size, stack_high_water;
+  uint32_t link;              /* bytes of `bss` that are the link's */
+  uint32_t learn, predict;    /* instructions of the last one; microseconds on the host */
+  uint32_t damaged, repeated; /* frames since the start */
 } mo_link_stats_t;
 
 /* What the link asks of the board. */
@@ -128,12 +131,11 @@ typedef struct {
   mo_net_t *net;
   const mo_link_board_t *board;
   mo_link_frame_t request, answer;
-  uint32_t received;     /* bytes of `request` so far */
-  uint32_t answered;     /* bytes of the payload of `answer` */
-  uint8_t left;          /* unstuffing: bytes up to the next code, */
-  uint8_t zero, spoilt;  /* a 0 is due before it; too long to be a frame */
-  uint8_t task;
-  uint32_t filled;       /* floats of the sample that have come */
+  uint32_t received;    /* bytes of `request` so far */
+  uint32_t answered;    /* bytes of the payload of `answer` */
+  uint8_t left, zero;   /* unstuffing: bytes up to the next code; whether a 0 is due before it */
+  uint8_t spoilt, task; /* too long to be a frame; see link.c */
+  uint32_t filled;      /* floats of the sample that have come */
   uint32_t learn, predict, damaged, repeated;
   float outputs[MO_NET_OUTPUTS];
   float targets[MO_NET_TARGETS > 0 ? MO_NET_TARGETS : 1];
