@@ -52,7 +52,9 @@ def test_two_nodes_agree_with_one_process_and_strangers_are_refused(tmp_path: Pa
         time.sleep(0.2)
     assert not descendants() - before
 
-    expected = in_one_process(settings.model_copy(update={"out": str(tmp_path / "alone")}))
+    expected = in_one_process(
+        settings.model_copy(update={"out": "", "cache": str(tmp_path / "cache")})
+    )
     rounds, _ = read_history(tmp_path / "out", 2)
     assert [r.used for r in rounds] == [[0, 1], [0, 1]]
     assert [r.bytes_up for r in rounds] == [r.bytes_up for r in expected.rounds]

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from modicum.federated.app.client_app import app
-from modicum.federated.app.task import Settings, strategy_of
+from modicum.errors import InvalidInput, UsageError
+from modicum.federated.app import task
+from modicum.federated.app.task import Settings, open_site, rule_of, run, strategy_of
+from modicum.federated.cases import CASES
+from modicum.federated.client_app import client_app
+from modicum.federated.flower import Array, ArrayRecord, Error, Message
 from modicum.federated.grid import LocalGrid
 from modicum.federated.simulate import simulate
-from modicum.federated.strategy import Federate, run_rounds
+from modicum.federated.strategy import Federate
+
+tomllib = pytest.importorskip("tomllib", reason="Flower needs Python 3.11")
+CACHE = tempfile.TemporaryDirectory(prefix="modicum-")
 
 
 def settings(**more: object) -> Settings:
-    small = {"rounds": 3, "clients": 8, "newcomers": 2, "judge_every": 3, "tests": 10}
     rule = '{"kind": "tinymetafed", "clients": 3}'
-    return Settings.model_validate({**small, "rule": rule, **more})
+    small = {"rule": rule, "rounds": 3, "clients": 8, "newcomers": 2, "judge_every": 3, "tests": 10}
+    return Settings.model_validate({**small, "cache": CACHE.name, **more})
 
 
-def in_one_process(chosen: Settings) -> Federate:
+def in_one_process(chosen: Settings, grid: type[LocalGrid] = LocalGrid) -> Federate:
     strategy = strategy_of(chosen)
-    grid = LocalGrid(app, chosen.clients + chosen.newcomers, chosen.config())
-    run_rounds(strategy, grid)
+    nodes = chosen.clients + chosen.newcomers
+    run(chosen, strategy, grid(client_app(open_site), nodes, chosen.config()))
     return strategy
 
 
@@ -44,6 +52,111 @@ def test_the_simulation_engine_agrees_with_one_process_and_leaves_nothing_runnin
     while descendants() - before and time.monotonic() < until:
         time.sleep(0.2)
     assert not descendants() - before
+
+
+PRIVATE = {
+    "rule": '{"kind": "reptile", "clients": 4, "batch": 1, "outer": {"start": 1, "end": 1}}',
+    "judge_every": 0, "dp_clip": 0.05,
+}  # fmt: skip
+
+
+def test_with_differential_privacy_noise_arrives_and_training_goes_on() -> None:
+    np.random.seed(0)
+    clipped = in_one_process(settings(**PRIVATE))
+    noisy = in_one_process(settings(**PRIVATE, dp_noise=0.5))
+    assert [len(r.used) for r in noisy.rounds] == [4, 4, 4]
+    start = strategy_of(settings(**PRIVATE)).server.theta
+    moved = np.linalg.norm(clipped.server.theta - start)
+    assert 0 < moved <= 3 * 0.05 * 1.001  # three rounds, each at most the clipping norm
+    noise = noisy.server.theta - clipped.server.theta
+    expected = np.sqrt(3) * 0.5 * 0.05 / 4
+    assert np.std(noise) == pytest.approx(expected, rel=0.15)
+    assert len(noisy.rounds) == 3 and all(r.loss is not None for r in noisy.rounds)
+
+
+def test_a_client_that_fails_under_differential_privacy_is_left_out_and_said_why() -> None:
+    strategy = in_one_process(settings(**PRIVATE), Faulty)
+    for log in strategy.rounds:
+        assert sorted([*log.used, *log.failed]) == log.asked
+        assert all("refused" in why or "an error" in why for why in log.failed.values())
+    assert any(log.failed for log in strategy.rounds) and any(log.used for log in strategy.rounds)
+    assert np.isfinite(strategy.server.theta).all()
+
+
+class Faulty(LocalGrid):
+    """Clients 0 to 3 answer an error, a second array, another model, what is not finite."""
+
+    def answer(self, message: Message) -> Message | None:
+        reply = super().answer(message)
+        client = message.metadata.dst_node_id - 1
+        if message.metadata.message_type != "train" or client > 3:
+            return reply
+        assert reply is not None
+        if client == 0:
+            return Message(Error(code=2, reason="no power"), reply_to=message)
+        shared = reply.content.array_records["shared"]["shared"].numpy()
+        content = [
+            {"shared": shared, "more": shared}, {"shared": shared[1:]}, {"shared": shared * np.inf}
+        ][client - 1]  # fmt: skip
+        reply.content["shared"] = ArrayRecord({k: Array(v) for k, v in content.items()})
+        return reply
+
+
+def test_differential_privacy_refuses_what_it_does_not_cover() -> None:
+    for rule, why in (
+        ("tinymetafed", "sent whole"),
+        ("fedavg", "known beforehand"),  # weighs by samples, as clients claim them
+    ):
+        chosen = settings(**{**PRIVATE, "rule": rule})
+        with pytest.raises(UsageError, match=why):
+            in_one_process(chosen)
+    with pytest.raises(UsageError, match="dp-clip"):
+        in_one_process(settings(judge_every=0, dp_noise=1.0))
+
+
+def test_the_app_folder_says_what_the_settings_say() -> None:
+    file = Path(task.__file__).with_name("pyproject.toml")
+    said = tomllib.loads(file.read_text())["tool"]["flwr"]["app"]["config"]
+    assert said == Settings().config()
+    assert Settings.of(said) == Settings()
+
+
+def test_a_node_says_what_it_is_and_nothing_else() -> None:
+    node = {"partition-id": 3, "learner": "native", "rounds": 7}
+    assert Settings.of({"rounds": 5}, node) == Settings(rounds=5, learner="native")
+    with pytest.raises(UsageError, match="run config"):
+        Settings.of({"learner": "magic"})
+    with pytest.raises(UsageError, match="no case"):
+        strategy_of(Settings(case="chess"))
+
+
+def test_what_a_rule_does_not_say_is_the_cases() -> None:
+    case = CASES["sines"]
+    rule = rule_of('{"kind": "tinymetafed", "top": 0.5}', case)
+    assert (rule.top, rule.local, rule.rate) == (0.5, case.local, case.rate)
+    assert rule_of("reptile", case).local == ()
+    for wrong in (
+        "magic",
+        '{"kind": ["reptile"]}',
+        '{"top": 2}',
+        "{",
+        '{"kind": "reptile", "x": 1}',
+    ):
+        with pytest.raises(UsageError):
+            rule_of(wrong, case)
+
+
+def test_a_cache_is_made_once_and_only_for_the_code_that_made_it(tmp_path: Path) -> None:
+    chosen = settings(cache=str(tmp_path))
+    first = strategy_of(chosen)
+    made = sorted(tmp_path.glob("plan-*"))
+    stamps = [file.stat().st_mtime_ns for file in made]
+    assert len(made) == 2
+    assert strategy_of(chosen).server.model == first.server.model
+    assert [file.stat().st_mtime_ns for file in made] == stamps
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="cache"):
+        strategy_of(settings(cache=str(tmp_path / "file")))
 
 
 def descendants(of: int | None = None) -> set[int]:

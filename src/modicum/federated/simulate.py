@@ -7,16 +7,16 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from modicum.errors import ModicumError, ToolMissing, UsageError
-from modicum.federated.app.task import Settings, site_of, strategy_of
+from modicum.federated.app.task import Settings, run, site_of, strategy_of
 from modicum.federated.client_app import Site, client_app
-from modicum.federated.flower import Context, Grid, ServerApp, Strategy, quiet
-from modicum.federated.strategy import Federate, run_rounds
+from modicum.federated.flower import Context, Grid, ServerApp, quiet
+from modicum.federated.strategy import Federate
 
 OBJECT_STORE = 128 << 20
 """Bytes of shared memory that messages travel through; Ray would take 30 % of the machine's."""
@@ -27,14 +27,13 @@ def simulate(
     *,
     cpus: int | None = None,
     cpus_per_client: float = 1.0,
-    wrap: Callable[[Strategy], Strategy] = lambda strategy: strategy,
     **more: Any,
 ) -> Federate:
     """Run all rounds that are left; returns the strategy, with its rounds, judgements and server.
 
     Ray starts as many workers as there are `cpus` (all of the machine's) for `cpus_per_client`
     each; a worker stands for one client after the other.  Everything that was started is stopped
-    before this returns or raises.  `more` goes to `Federate`, `wrap` to `run_rounds`.
+    before this returns or raises.  `more` goes to `Federate`.
 
     Flower's `run_simulation` is used: it is deprecated in favour of `flwr run`, but that needs a
     SuperLink, which it leaves running; and it has no run config, so the settings are part of the
@@ -59,7 +58,7 @@ def simulate(
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        run_rounds(strategy, grid, wrap=wrap, timeout=settings.timeout)
+        run(settings, strategy, grid)
         finished.append(True)
 
     with _ray_folder() as folder, _as_it_was("PYTHONPATH", "FLWR_HOME"):

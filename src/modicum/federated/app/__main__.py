@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from modicum.errors import ModicumError
-from modicum.federated.app.task import Settings, open_site, strategy_of
+from modicum.federated.app.task import Settings, open_site, run, strategy_of
 from modicum.federated.client_app import client_app
 from modicum.federated.flower import quiet
-from modicum.federated.strategy import HISTORY, Federate, run_rounds
+from modicum.federated.strategy import HISTORY, Federate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def in_process(settings: Settings) -> None:
     quiet()
     strategy = strategy_of(settings)
     nodes = settings.clients + settings.newcomers
-    run_rounds(strategy, LocalGrid(client_app(open_site), nodes, settings.config()))
+    run(settings, strategy, LocalGrid(client_app(open_site), nodes, settings.config()))
     _show(strategy)
 
 

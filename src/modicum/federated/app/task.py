@@ -19,6 +19,7 @@ from torch import nn
 
 import modicum
 from modicum.errors import InvalidInput, UsageError
+from modicum.federated.app.privacy import Noisy
 from modicum.federated.cases import CASES, Case
 from modicum.federated.client_app import Site
 from modicum.federated.federation import (
@@ -27,13 +28,13 @@ from modicum.federated.federation import (
     make_learner,
     shots_in_all,
 )
-from modicum.federated.flower import Context
+from modicum.federated.flower import Context, Grid, Strategy
 from modicum.federated.layout import Layout
 from modicum.federated.learner import Learner
 from modicum.federated.populations import Few, Population, Streams
 from modicum.federated.rules import AnyRule, FederatedRule
 from modicum.federated.server import Server
-from modicum.federated.strategy import Federate
+from modicum.federated.strategy import Federate, run_rounds
 from modicum.graph import Frozen
 from modicum.lower import Loss
 from modicum.plan import Plan
@@ -70,6 +71,8 @@ class Settings(Frozen):
     )
     link: str = Field("", description="where a client's board is: /dev/ttyACM0, or host:port")
     board: str = Field("", description="a board that the plan has to fit")
+    dp_noise: float = Field(0.0, ge=0, description="differential privacy: noise, by dp-clip")
+    dp_clip: float = Field(0.0, ge=0, description="the norm of a client's change at most, 0: off")
     out: str = Field("", description="the server's folder: a run that was killed goes on from it")
     cache: str = Field("", description="a client's folder of plans and emitted C")
     wait: float = Field(120.0, gt=0, description="seconds to wait for clients at the start")
@@ -110,8 +113,18 @@ def strategy_of(settings: Settings, **more: Any) -> Federate:
     )  # fmt: skip
     return Federate(
         server, settings.clients, judge_every=settings.judge_every, wait_s=settings.wait,
-        folder=settings.out or None, **more,
+        folder=settings.out or None, open_weights=settings.dp_clip > 0, **more,
     )  # fmt: skip
+
+
+def run(settings: Settings, strategy: Federate, grid: Grid) -> None:
+    """All rounds that are left, on any of Flower's grids; with noise if the settings say so."""
+    outer: Strategy = strategy
+    if settings.dp_clip:
+        outer = Noisy(strategy, settings.dp_noise, settings.dp_clip)
+    elif settings.dp_noise:
+        raise UsageError("dp-noise is relative to dp-clip, which is 0")
+    run_rounds(strategy, grid, wrap=lambda inner: outer, timeout=settings.timeout)
 
 
 def open_site(context: Context) -> Site:
