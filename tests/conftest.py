@@ -20,6 +20,8 @@ SHARED = Path(os.environ.get("MODICUM_SHARED", REPO.parent / "shared"))
 # One thread: sums come out in one order, and workers do not fight over cores. Read by torch
 # when it is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compiled kernels: with the clone, not with the user.
+os.environ.setdefault("MODICUM_CACHE", str(REPO / "build" / "cache"))
 
 settings.register_profile("dev", deadline=None, max_examples=40)
 settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)

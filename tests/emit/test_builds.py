@@ -10,6 +10,9 @@ import pytest
 from cases import CASES, build
 from emit.folders import Workshop
 
+import modicum as mo
+from modicum import toolchain
+
 CHECKED = [
     c
     for c in CASES
@@ -100,3 +103,30 @@ def test_emitting_twice_gives_the_same_bytes(workshop: Workshop):
         if path.suffix != ".npz":  # a zip file holds the time
             assert (a / path).read_bytes() == (b / path).read_bytes(), path
     assert {p.relative_to(a) for p in a.rglob("*")} == {p.relative_to(b) for p in b.rglob("*")}
+
+
+def test_kernels_are_compiled_once_for_all_folders(workshop, tmp_path, monkeypatch):
+    """The second folder links what the first compiled, under a key that its contents decide."""
+    monkeypatch.setenv("MODICUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OPT", "-O0")
+    first, second, third = (workshop.emit(build(one)) for _ in range(3))
+    toolchain.build(first, "lib", True)
+    (kept,) = toolchain.kernel_cache().iterdir()
+    lent = {}
+
+    def lend(kept, objects):
+        real(kept, objects)
+        lent.update({p: p.stat().st_mtime_ns for p in objects.rglob("*.o")})
+
+    real = toolchain._lend
+    monkeypatch.setattr(toolchain, "_lend", lend)
+    toolchain.build(second, "lib", True)
+    assert lent and all(p.stat().st_mtime_ns == at for p, at in lent.items())
+    assert list(toolchain.kernel_cache().iterdir()) == [kept]
+    changed = third / "kernels" / "loss.c"
+    changed.write_text(changed.read_text() + "\n/* another kernel */\n")
+    lent.clear()
+    toolchain.build(third, "lib", True)
+    assert not lent and len(list(toolchain.kernel_cache().iterdir())) == 2
+    for folder in (first, second, third):
+        assert mo.Native(folder, parity=True).outputs > 0
