@@ -19,6 +19,7 @@ from modicum.capture import capture
 from modicum.emit import emit
 from modicum.errors import UsageError
 from modicum.federated.client_app import Site, client_app
+from modicum.federated.energy import Energy
 from modicum.federated.flower import quiet
 from modicum.federated.grid import LocalGrid
 from modicum.federated.layout import Array
@@ -30,8 +31,10 @@ from modicum.federated.strategy import Federate, Judgement, run_rounds
 from modicum.federated.torch_learner import TorchLearner
 from modicum.lower import Loss
 from modicum.plan import Plan, plan
+from modicum.report.federation import save_curves
 
 Kind = Literal["native", "torch"]
+Point = tuple[int, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,18 @@ class History:
     @property
     def last(self) -> Judgement | None:
         return self.judgements[-1] if self.judgements else None
+
+    def points(self, joules: float = 0.0, energy: Energy | None = None) -> list[Point]:
+        """(round, bytes, joules, quality) after each judged round, for `report.federation`.
+
+        With `energy`, `joules` is what a client computes a round for; the radio comes on top.
+        """
+        made = []
+        for j in self.judgements:
+            asked = sum(len(r.asked) for r in self.rounds[: j.round])
+            radio = energy.radio(self.spent(j.round)) if energy else 0.0
+            made.append((j.round, float(self.spent(j.round)), asked * joules + radio, j.after))
+        return made
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, without the weights."""
@@ -134,6 +149,10 @@ def federate(
     if out is not None:
         np.savez(Path(out) / "weights.npz", **layout.split(server.theta))  # type: ignore[arg-type]
         (Path(out) / "history.json").write_text(json.dumps(made.as_dict()) + "\n")
+        if made.judgements:
+            name = "mean squared error" if made.loss == "mse" else "accuracy"
+            save_curves(Path(out) / "curve.svg", {rule.kind: [made.points()]},
+                        f"{name} of new clients after {shots} shots", str(out))  # fmt: skip
     return made
 
 
@@ -162,12 +181,15 @@ def shots_in_all(population: Population, shots: int) -> int:
 def make_learner(
     model: nn.Module, plan: Plan, rule: FederatedRule, kind: Kind, workspace: Path
 ) -> Learner:
-    """A learner of a plan; the emitted C is made once in the workspace, by the plan's hash."""
+    """A learner of a plan.
+
+    The emitted C is made once in the workspace, under a name that plan and weights decide.
+    """
     if kind == "torch":
         return TorchLearner(model, plan, rule.local)
     if kind != "native":
         raise UsageError(f"no learner is called {kind!r}", hint="native, torch")
-    folder = workspace / f"c-{plan.hash[:16]}-{_weights_digest(model)}"
+    folder = workspace / f"c-{_digest(model, plan)}"
     if not (folder / "net.mk").is_file():
         emit(model, plan, folder)
     return NativeLearner(folder, rule.local)
@@ -205,9 +227,9 @@ def _some(judgements: Sequence[Judgement], most: int = 6) -> list[Judgement]:
     return [judgements[round(i * (n - 1) / (most - 1))] for i in range(most)]
 
 
-def _weights_digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
+def _digest(model: nn.Module, plan: Plan) -> str:
+    digest = hashlib.sha256(plan.hash.encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()[:20]

@@ -195,6 +195,12 @@ AnyRule = Annotated[
     FedAvg | Reptile | TinyReptile | FedRecon | TinyMetaFed, Field(discriminator="kind")
 ]
 
+FEDERATED: dict[str, type[FederatedRule]] = {
+    "fedavg": FedAvg, "reptile": Reptile, "tinyreptile": TinyReptile, "fedrecon": FedRecon,
+    "tinymetafed": TinyMetaFed,
+}  # fmt: skip
+"""The methods by name."""
+
 
 def _matching(names: list[str], patterns: tuple[str, ...], what: str) -> list[str]:
     for pattern in patterns:
