@@ -85,6 +85,7 @@ def _backend(folder: str, cpus: int, cpus_per_client: float) -> dict[str, Any]:
         "init_args": {
             "num_cpus": cpus, "num_gpus": 0, "object_store_memory": OBJECT_STORE,
             "_node_ip_address": "127.0.0.1", "_temp_dir": folder,
+            "log_to_driver": False, "logging_level": "ERROR",
         },
         "client_resources": {"num_cpus": cpus_per_client, "num_gpus": 0.0},
     }  # fmt: skip
