@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from modicum.errors import UsageError
 from modicum.federated.client_app import Site, blob_record, client_app
 from modicum.federated.codec import Message as Coded
 from modicum.federated.codec import decode, encode
+from modicum.federated.faults import LIES, FaultyGrid
 from modicum.federated.federation import federate, render
 from modicum.federated.flower import Message as FlowerMessage
-from modicum.federated.flower import MetricRecord, RecordDict, quiet
+from modicum.federated.flower import RecordDict, quiet
 from modicum.federated.grid import LocalGrid
 from modicum.federated.rules import FedAvg, FedRecon, Reptile, TinyMetaFed, TinyReptile
 from modicum.federated.server import Server
@@ -54,8 +56,10 @@ class Setup:
         population = population or Lines()
         training, deployment = LineLearner(rule), LineLearner(rule, deploys=True)
         self.site = Site(rule, population, training, deployment, 4, 20, 1, seed)
-        self.grid = grid(client_app(lambda context: self.site), 8)
         layout = training.layout
+        app = client_app(lambda context: self.site)
+        faults = {"layout": layout} if isinstance(grid, partial) else {}
+        self.grid = grid(app, 8, **faults)
         server = Server(rule, layout.model, np.zeros(layout.size, np.float32), rounds, seed)
         self.strategy = Federate(server, population.clients, folder=folder, **more)
 
@@ -182,81 +186,24 @@ def test_support_and_query_of_a_round_are_different_samples():
 # ---- faults -------------------------------------------------------------------------------------
 
 
-class Faulty(LocalGrid):
-    """Clients that fail at random, and one that sends every kind of bad update, in turn."""
-
-    site: Site
-    share = 0.3
-    liar = 2
-
-    def answer(self, message):
-        reply = super().answer(message)
-        if message.metadata.message_type != "train":
-            return reply
-        client = message.metadata.dst_node_id - 1
-        number = int(message.content.config_records["config"]["round"])
-        if client == self.liar:
-            return self.lie(message, reply, number)
-        rng = np.random.default_rng([9, client, number])
-        if rng.random() < self.share:
-            return None if rng.random() < 0.5 else self.error(message)
-        return reply
-
-    def error(self, message):
-        from modicum.federated.flower import Error
-
-        return FlowerMessage(Error(code=2, reason="the battery is empty"), reply_to=message)
-
-    def lie(self, message, reply, number):
-        layout = self.site.training.layout
-        honest = reply.content.array_records["shared"]["blob"].numpy().tobytes()
-
-        def coded(**changed):
-            given = {"kind": "delta", "model": layout.model, "round": number,
-                     "size": layout.size} | changed  # fmt: skip
-            values = np.full(given["size"], 1, np.float32)
-            return encode(Coded(values=values, **given))
-
-        lies = [
-            lambda: blob_record(honest[:-7]),
-            lambda: blob_record(honest[:-1] + bytes([honest[-1] ^ 1])),
-            lambda: blob_record(coded(model=bytes(16))),
-            lambda: blob_record(coded(round=number - 1)),
-            lambda: blob_record(coded(kind="weights")),
-            lambda: blob_record(coded(size=layout.size + 1)),
-            lambda: blob_record(bytes(10**6)),
-            lambda: blob_record(b"hello"),
-            lambda: None,
-        ]
-        record = lies[number % len(lies)]()
-        metrics = MetricRecord({"num-examples": 6, "loss": 0.1, "client": 0})
-        content = RecordDict({"metrics": metrics})
-        if record is not None:
-            content["shared"] = record
-        if number % 5 == 0:
-            content = RecordDict({"shared": blob_record(coded())})  # no metrics at all
-        return FlowerMessage(content, reply_to=message)
-
-
-def faulty(rule, **more):
-    setup = Setup(rule, rounds=24, grid=Faulty, **more)
-    setup.grid.site = setup.site
-    return setup
+LIAR = 2
 
 
 def test_failing_and_lying_clients_are_named_and_do_no_harm():
     rule = FedAvg(rate=0.05, clients=4, query=8, batch=4, tune=3)
-    setup = faulty(rule, judge_every=24)
+    setup = Setup(
+        rule, rounds=36, judge_every=36, grid=partial(FaultyGrid, share=0.3, liars=(LIAR,))
+    )
     setup.run()
     rounds = setup.strategy.rounds
-    assert [r.round for r in rounds] == list(range(1, 25))
-    lies = [r.failed[Faulty.liar] for r in rounds if Faulty.liar in r.asked]
-    assert len(lies) == sum(Faulty.liar in r.asked for r in rounds) > 8
-    assert all("refused" in why for why in lies) and len(set(lies)) >= 6
-    assert not any(Faulty.liar in r.used for r in rounds)
-    reasons = {why for r in rounds for c, why in r.failed.items() if c != Faulty.liar}
+    assert [r.round for r in rounds] == list(range(1, 37))
+    lies = {r.round % len(LIES): r.failed[LIAR] for r in rounds if LIAR in r.asked}
+    assert set(lies) == set(range(len(LIES))), "every kind was sent"
+    assert all("refused" in why for why in lies.values()) and len(set(lies.values())) >= 10
+    assert not any(LIAR in r.used for r in rounds)
+    reasons = {why for r in rounds for c, why in r.failed.items() if c != LIAR}
     assert reasons == {"no answer", "an error: the battery is empty"}
-    clean = Setup(rule, rounds=24, judge_every=24)
+    clean = Setup(rule, rounds=36, judge_every=36)
     clean.run()
     hurt, well = (s.strategy.judgements for s in (setup, clean))
     assert hurt[-1].after < 0.5 * hurt[0].after, "it learns all the same"

@@ -135,7 +135,7 @@ def federate(
         site = Site(rule, population, training, deployment, shots, tests, tasks, seed)
         nodes = population.clients + (population.newcomers if judge_every else 0)
         grid = LocalGrid(client_app(lambda context: site), nodes)
-        server = Server(rule, layout.model, initial_weights(model, plans[0], rule), rounds, seed)
+        server = Server(rule, layout.model, training.shared(), rounds, seed)
         with progress_bar(progress, rounds, "federate") as advance:
             strategy = Federate(
                 server, population.clients, judge_every=judge_every, folder=out,
