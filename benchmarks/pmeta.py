@@ -3,6 +3,7 @@
     python benchmarks/pmeta.py train --setting omniglot-5w1s
     python benchmarks/pmeta.py train --setting omniglot-5w1s --set ablation
     python benchmarks/pmeta.py table --json FILE
+    python benchmarks/pmeta.py costs --json FILE
 
 Omniglot: 242 characters, 150 to train on (each in four rotations), 42 to validate, 50 to test;
 support and query of a test task come from other drawers.  Tiny-ImageNet: 130 / 30 / 40 classes.
@@ -137,15 +138,13 @@ SETS = {"main": main_set, "frozen": frozen_set, "ablation": ablation_set, "tune"
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    if args.verb == "train":
-        train(args)
-    else:
-        table(args)
+    verbs = {"train": train, "table": table, "costs": costs_of_settings}
+    verbs[args.verb](args)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("verb", choices=("train", "table"))
+    parser.add_argument("verb", choices=("train", "table", "costs"))
     parser.add_argument("--setting", choices=SETTINGS, default="omniglot-5w1s")
     parser.add_argument("--set", choices=SETS, default="main")
     parser.add_argument("--rules", default="", help="some of the set's, by label: a;b")
@@ -286,11 +285,15 @@ def table(args: argparse.Namespace) -> None:
               f"{row['gmacs']:.4f} GMACs  {row.get('steps', '')}")  # fmt: skip
     for row in ratios:
         print(row)
+    show(args, {"rows": rows, "ratios": ratios})
+
+
+def show(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if args.json:
         made = {
-            "command": f"python benchmarks/pmeta.py table --json {args.json.name}",
+            "command": f"python benchmarks/pmeta.py {args.verb} --json {args.json.name}",
             "python": platform.python_version(), "torch": torch.__version__,
-            "cores": os.cpu_count(), "rows": rows, "ratios": ratios,
+            "cores": os.cpu_count(), **result,
         }  # fmt: skip
         args.json.write_text(json.dumps(made, indent=1) + "\n")
 
@@ -365,6 +368,63 @@ def compared(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dic
                 "below_best": best["accuracy"] - row["accuracy"], **times,
             })  # fmt: skip
     return made, ratios
+
+
+# ---- costs --------------------------------------------------------------------------------------
+
+
+def costs_of_settings(args: argparse.Namespace) -> None:
+    """What an adaptation holds in each setting, counted in three ways; nothing is trained.
+
+    p-Meta has the last layers, in as many of them as keep its limit.
+    """
+    rows = []
+    for name, setting in SETTINGS.items():
+        for norms in ("batch", "frozen"):
+            rows += conventions(name, setting, norms)
+            for row in rows[-3 if norms == "frozen" else -2 :]:
+                print(row)
+    show(args, {"rows": rows})
+
+
+def conventions(name: str, setting: Setting, norms: str) -> list[dict[str, Any]]:
+    rules = {
+        "MAML": MAML(rate=0.1, norms=norms), "ANIL": ANIL(rate=0.1, norms=norms),
+        "BOIL": BOIL(rate=0.1, norms=norms), "MAML++": MAMLPP(rate=0.1, norms=norms),
+        "p-Meta": PMeta(rate=0.1, norms=norms, pruning="last"), "none": MAML(rate=0.1, judged=0),
+    }  # fmt: skip
+    shape = (1, 28, 28) if grey(setting) else (3, 64, 64)
+    x = torch.randn(setting.ways * setting.shots, *shape)
+    support = x, torch.arange(len(x)) % setting.ways
+    found = {}
+    for label, rule in rules.items():
+        net = network(setting, 0)
+        learner = rule.learner(net).eval()
+        if isinstance(rule, PMeta):
+            learner.progress = 1.0
+            learner.keep_limits(shape, len(x), "cross_entropy")
+        found[label] = adaptation_cost(net, learner, support)
+    counted = {
+        "all samples at once": ("at_once_kb", "measured_at_once_kb", "gmacs"),
+        "frozen layers a sample at a time": ("peak_kb", "measured_peak_kb", "streamed_gmacs"),
+    }
+    if norms == "frozen":  # on a board statistics of the batch are those of a sample
+        counted["all layers a sample at a time"] = ("board_kb", None, "gmacs")
+    priced_ = {label: priced(cost) for label, cost in found.items()}
+    rows = []
+    for convention, keys in counted.items():
+        columns = {}
+        for key, title in zip(keys, ("plan_kb", "measured_kb", "gmacs"), strict=True):
+            if key is None:
+                continue
+            four = float(np.mean([priced_[label][key] for label in FOUR]))
+            ours = priced_["p-Meta"][key]
+            columns |= {f"four_{title}": four, f"ours_{title}": ours, f"{title}_times": four / ours}
+        rows.append({
+            "setting": name, "norms": norms, "held": convention, **columns,
+            "steps": priced_["p-Meta"]["steps"], "prediction_kb": priced_["none"][keys[0]],
+        })  # fmt: skip
+    return rows
 
 
 def grey(setting: Setting) -> bool:
