@@ -12,9 +12,9 @@ from PIL import Image
 
 import modicum as mo
 from modicum.errors import InvalidInput, UsageError
-from modicum.federated.cases import CASES, characters, omniglot
+from modicum.federated.cases import CASES, characters, omniglot, rule_for
 from modicum.federated.learner import NativeLearner
-from modicum.federated.rules import TinyMetaFed, TinyReptile
+from modicum.federated.rules import FEDERATED, TinyReptile
 from modicum.federated.torch_learner import TorchLearner
 
 
@@ -53,12 +53,22 @@ def test_a_client_learns_as_in_pytorch_within_the_ram_of_a_cortex_m4(name, works
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_local_parameters_are_some_and_not_all(name):
+@pytest.mark.parametrize("method", FEDERATED)
+def test_every_method_has_values_for_every_case(name, method):
     case = CASES[name]
+    rule = FEDERATED[method](**rule_for(case, method))
+    assert rule.rate == case.rate and bool(rule.local) == (method in ("fedrecon", "tinymetafed"))
     graph = mo.capture(case.model(), torch.zeros(1, *case.input))
-    rule = TinyMetaFed(local=case.local, rate=case.rate, rate_local=case.rate_local)
-    method, _ = rule.training(graph)
-    assert len(method.params) == len(graph.trainable())
+    explicit, _ = rule.training(graph)
+    assert len(explicit.params) == len(graph.trainable())
+
+
+def test_values_that_are_given_go_before_those_of_the_case():
+    fields = rule_for(CASES["words"], "tinymetafed", {"rate": 0.5, "local": ("head.*",)})
+    assert fields["rate"] == 0.5 and fields["local"] == ("head.*",)
+    assert fields["rate_local"] == CASES["words"].rate_local
+    with pytest.raises(UsageError, match="no federated method"):
+        rule_for(CASES["words"], "fed")
 
 
 def test_characters_are_read_from_folders_and_each_once(tmp_path):

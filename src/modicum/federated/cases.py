@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from modicum.federated.populations import (
     SineClients,
     SpeakerClients,
 )
+from modicum.federated.rules import ANNEALED, FEDERATED
 from modicum.logmel import LogMel, spoken
 from modicum.lower import Loss
 from modicum.models import CharacterNet, KeywordNet, SineNet
@@ -30,9 +32,10 @@ class Case:
     """A network, and the population that it is trained and tested on.
 
     `population(paths, seed)` reads a user's own data: `data` says what `paths` are.  `input` is
-    the shape of one sample.  `rate` is the step size of clients that learn from one sample at a
-    time; `local` are patterns of the parameters that can stay with the client, `rate_local` is
-    theirs; a new client learns from `shots` samples (of each class), in `tune` passes.
+    the shape of one sample.  A client learns from `query` samples in a round, one at a time, with
+    steps of `rate`; the server's first step is `start`.  `local` are patterns of the parameters
+    that can stay with the client, `rate_local` is theirs.  A new client learns from `shots` samples
+    (of each class), in `tune` passes over them.
     """
 
     model: Callable[[], nn.Module]
@@ -43,8 +46,29 @@ class Case:
     local: tuple[str, ...]
     rate: float
     rate_local: float
+    query: int
+    start: float
     shots: int
     tune: int
+
+
+def rule_for(case: Case, name: str, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of a federated method on a use case: `values`, and the case's where they are not.
+
+    Where parameters are local, half of the samples reconstruct them, and one of the new client's
+    passes does.  Raises UsageError for a method that there is not.
+    """
+    if name not in FEDERATED:
+        raise UsageError(f"no federated method is called {name!r}", hint=", ".join(FEDERATED))
+    defaults = FEDERATED[name].model_fields
+    fields: dict[str, Any] = {"rate": case.rate, "query": case.query, "tune": case.tune}
+    if defaults["outer"].get_default() == ANNEALED:
+        fields["outer"] = {"start": case.start, "end": 0.0}
+    if defaults["support"].get_default():
+        half = case.query // 2
+        fields |= {"local": case.local, "rate_local": case.rate_local, "support": half}
+        fields |= {"query": half, "reconstruct": 1, "tune": max(1, case.tune - 1)}
+    return fields | dict(values or {})
 
 
 def sines(paths: Paths = (), seed: int = 0) -> SineClients:
@@ -87,16 +111,18 @@ def words(paths: Paths, seed: int = 0, newcomers: int | Sequence[str] = 2) -> Sp
 
 CASES: dict[str, Case] = {
     "sines": Case(
-        SineNet, sines, (1,), "mse", "none: computed", ("layers.4.*",), 0.02, 0.02, 10, 4
+        SineNet, sines, (1,), "mse", "none: they are computed",
+        local=("layers.4.*",), rate=0.005, rate_local=0.005, query=32, start=1.0, shots=10, tune=8,
     ),
     "characters": Case(
         CharacterNet, characters, (1, 28, 28), "cross_entropy",
-        "ALPHABET/CHARACTER/.._DRAWER.png, folders or zips", ("head.*",), 0.02, 0.02, 5, 4,
+        "folders or zips of ALPHABET/CHARACTER/.._DRAWER.png",
+        local=("head.*",), rate=0.02, rate_local=0.02, query=80, start=0.3, shots=5, tune=4,
     ),
     "words": Case(
         KeywordNet, words, (1, 32, 20), "cross_entropy",
-        "an .npz with an array of 8 kHz samples per recording, WORD_SPEAKER_NUMBER",
-        ("head.*",), 0.02, 0.02, 5, 4,
+        "an .npz with an array of 8 kHz samples for each recording, WORD_SPEAKER_NUMBER",
+        local=("stem.*",), rate=0.02, rate_local=0.02, query=32, start=1.0, shots=5, tune=4,
     ),
 }  # fmt: skip
 

@@ -95,7 +95,9 @@ MODELS: dict[str, Entry] = {
     "resnet12": Entry(ResNet12, (1, 3, 64, 64), 5, "ResNet-12 of few-shot learning"),
     "sine": Entry(SineNet, (1, 1), 1, "1-40-40-1 regressor of sine waves"),
     "keyword": Entry(KeywordNet, (1, 1, 32, 20), 10, "separable CNN for log-mels of spoken words"),
-    "character": Entry(CharacterNet, (1, 1, 28, 28), 5, "four strided convolutions, group norms"),
+    "character": Entry(
+        CharacterNet, (1, 1, 28, 28), 5, "four strided convolutions and a linear layer"
+    ),
     "mcunet-5fps": _pictures(
         Mcunet5fps, 128, "MCUNet for 5 frames per second, norms folded", CENTRED
     ),
