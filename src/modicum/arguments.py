@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from modicum.board import Board
+    from modicum.federated.cases import Case
+    from modicum.federated.rules import FederatedRule
     from modicum.fewshot import FineTune
     from modicum.graph import Graph
     from modicum.heads import FewShot
@@ -396,6 +398,41 @@ def parse_rule(spec: str) -> Rule:
     if name not in RULES:
         raise UsageError(f"no rule is called {name!r}", hint=", ".join(RULES))
     return _valid(RULES[name], values, f"rule {name}")
+
+
+def parse_case(spec: str) -> Case:
+    """A use case of federated learning: its name, or path/to/file.py:function that returns one."""
+    from modicum.federated.cases import CASES, Case
+
+    if ":" not in spec:
+        if spec not in CASES:
+            names = ", ".join(CASES)
+            raise UsageError(
+                f"no use case is called {spec!r}", hint=f"{names}, or path/to/file.py:function"
+            )
+        return CASES[spec]
+    file, _, name = spec.rpartition(":")
+    try:
+        made = getattr(_module(Path(file)), name)()
+    except ModicumError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{spec} does not make a use case", why=why) from error
+    if not isinstance(made, Case):
+        raise UsageError(f"{spec} returns {type(made).__name__}, not a federated.Case")
+    return made
+
+
+def parse_federated(spec: str, case: Case) -> FederatedRule:
+    """A federated method from name or name:key=value; what is not given is the case's."""
+    from modicum.federated.app.task import rule_of
+
+    name, values = parse_spec(spec) if ":" in spec else (spec, {})
+    for key in ("local", "train"):
+        if isinstance(values.get(key), str):
+            values[key] = [values[key]]
+    return rule_of(json.dumps({"kind": name, **values}), case)
 
 
 def parse_rl(values: dict[str, Any], outer: Sequence[str]) -> RL:

@@ -35,10 +35,12 @@ from modicum.arguments import (
     no_data,
     observed,
     parse_augment,
+    parse_case,
     parse_choice,
     parse_contenders,
     parse_environment,
     parse_episodes,
+    parse_federated,
     parse_metatrain,
     parse_method,
     parse_numbers,
@@ -313,6 +315,61 @@ def metatrain_rl(
     made = train(policy, place, config, out=out, progress=True)
     text = f"{made}\n{out / 'returns.svg'}: the returns; {out / 'weights.pt'}: the weights"
     _show(as_json, {**made.as_dict(), "weights": str(out / "weights.pt")}, text)
+
+
+@command()
+def federate(
+    case: Annotated[
+        str,
+        typer.Argument(help="sines, characters or words, or path/to/file.py:function of a Case."),
+    ],
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="fedavg, reptile, tinyreptile, fedrecon or tinymetafed, with fields: "
+            "tinymetafed:top=0.1,local=head.*"
+        ),
+    ] = "tinymetafed",
+    data: Annotated[
+        list[Path] | None, typer.Option(help="The case's files; may be given several times.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 100,
+    board: Annotated[str, typer.Option(help="A board that a client's plan has to fit.")] = "",
+    learner: Annotated[
+        str, typer.Option(help="Clients train in the emitted C (native) or in PyTorch (torch).")
+    ] = "native",
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples (of each class) of a new client (the case's)."),
+    ] = None,
+    tests: Annotated[int, typer.Option(min=1, help="Samples that it is tested on.")] = 50,
+    tasks: Annotated[int, typer.Option(min=1, help="Times that it is.")] = 1,
+    judge_every: Annotated[
+        int | None, typer.Option(min=0, help="Rounds between tests (a tenth of all); 0: none.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, samples and choices.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of what comes of it; a rerun goes on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Let clients learn weights together, in this process, that a new client starts from."""
+    import torch
+
+    from modicum.federated.federation import federate as run_all
+
+    of = parse_case(case)
+    config = parse_federated(rule, of)
+    kind = parse_choice(learner, "learner", ("native", "torch"))
+    torch.manual_seed(seed)
+    made = run_all(
+        of.model(), torch.zeros(1, *of.input), config, of.population(data or (), seed),
+        rounds=rounds, board=load_board(board), learner=kind, shots=shots or of.shots,
+        tests=tests, tasks=tasks, seed=seed, out=out, progress=True,
+        judge_every=max(1, rounds // 10) if judge_every is None else judge_every,
+    )  # fmt: skip
+    text = str(made) if out is None else f"{made}\n{out}: weights.npz, history.json, curve.svg"
+    _show(as_json, made.as_dict(), text)
 
 
 @command()

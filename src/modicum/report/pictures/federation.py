@@ -49,7 +49,7 @@ def draw(curves: Sequence[Curve], quality: str, title: str) -> Any:
     for k, (name, cost) in enumerate(costs):
         left = LEFT + k * (wide + GAP)
         ax = axes(figure, left, BOTTOM, WIDTH - left - wide, TOP)
-        _panel(ax, curves, cost)
+        _panel(ax, curves, cost, logarithmic=k > 0)
         ax.set_xlabel(name, loc="left")
         if k:
             ax.set_ylim(shared.get_ylim())
@@ -62,15 +62,24 @@ def draw(curves: Sequence[Curve], quality: str, title: str) -> Any:
     return figure
 
 
-def _panel(ax: Any, curves: Sequence[Curve], cost: Callable[[Curve], Sequence[float]]) -> None:
+def _panel(
+    ax: Any, curves: Sequence[Curve], cost: Callable[[Curve], Sequence[float]], logarithmic: bool
+) -> None:
     for k, curve in enumerate(curves):
         colour = ink(SERIES[k % len(SERIES)])
         dashed = "--" if k >= len(SERIES) else "-"
         x = cost(curve)
         if not len(x):
             continue
-        ax.fill_between(x, curve.low, curve.high, color=colour, alpha=0.12, linewidth=0)
-        ax.plot(x, curve.quality, color=colour, linewidth=1.3, linestyle=dashed, label=curve.label)
-    ax.set_xlim(left=0)
+        start = 1 if logarithmic else 0  # nothing was spent before the first round
+        ax.fill_between(
+            x[start:], curve.low[start:], curve.high[start:], color=colour, alpha=0.12, linewidth=0
+        )
+        ax.plot(x[start:], curve.quality[start:], color=colour, linewidth=1.3, linestyle=dashed,
+                label=curve.label)  # fmt: skip
+    if logarithmic:
+        ax.set_xscale("log")
+    else:
+        ax.set_xlim(left=0)
     ax.tick_params(length=0)
     ax.grid(axis="y")

@@ -1,0 +1,532 @@
+"""Federated meta-learning: quality of new clients against rounds, bytes and modelled energy.
+
+    python benchmarks/federated.py study --case sines --seeds 5
+    python benchmarks/federated.py table --json benchmarks/results/federated.json
+    python benchmarks/federated.py clients --json FILE      # in C, two on emulated boards
+    python benchmarks/federated.py faults --json FILE       # failures, lies, kills
+
+Three use cases: sine waves (a wave for each client), characters (an alphabet and quarter turn for
+each), spoken digits (four speakers; two others are the new clients).  Clients train in the emitted
+C, on one core.  After every 20th of the rounds new clients learn from a few samples and are tested.
+Every finished run is a file below --out (default: ~/.cache/modicum/federated); a rerun does what is
+missing, and two processes may share the work by --case or --only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import backbones
+import numpy as np
+import torch
+from torch import nn
+
+from modicum.board import get as board
+from modicum.emit import emit
+from modicum.federated.board import BoardLearner, Emulated
+from modicum.federated.cases import CASES
+from modicum.federated.client_app import Site, client_app
+from modicum.federated.energy import Energy
+from modicum.federated.faults import FaultyGrid
+from modicum.federated.federation import History, client_plans, federate, make_learner, shots_in_all
+from modicum.federated.flower import quiet
+from modicum.federated.grid import LocalGrid
+from modicum.federated.learner import NativeLearner
+from modicum.federated.populations import Population, SineClients
+from modicum.federated.rules import (
+    FedAvg,
+    FederatedRule,
+    FedRecon,
+    Outer,
+    Reptile,
+    TinyMetaFed,
+    TinyReptile,
+)
+from modicum.federated.server import Server
+from modicum.federated.strategy import Federate, read_history, run_rounds
+from modicum.federated.torch_learner import TorchLearner
+from modicum.report.comparison import interval
+from modicum.report.federation import Points, save_curves
+from modicum.run import run as run_on
+
+CACHE = Path.home() / ".cache" / "modicum" / "federated"
+PATHS = {
+    "sines": (),
+    "characters": ("omniglot_small1.zip", "omniglot_small2.zip"),
+    "words": ("spoken_digits.npz",),
+}
+BOARD = "nano33ble"
+JUDGED = 20
+OTHERS = ("no reconstruction", "no Top-P", "batches", "no annealing")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A use case, for how long, and how new clients are judged.  `rules` by label."""
+
+    rounds: int
+    shots: int
+    tests: int
+    tasks: int
+    population: Callable[[int], Population]
+    rules: dict[str, FederatedRule]
+
+    def named(self, only: str) -> dict[str, FederatedRule]:
+        wanted = only.split(";") if only else list(self.rules)
+        return {k: r for k, r in self.rules.items() if k in wanted}
+
+
+def rules(
+    local: tuple[str, ...], rate: float, rate_local: float, support: int, query: int,
+    tune: int, reconstruct: int, top: float, batch_rate: float, clients: int,
+) -> dict[str, FederatedRule]:  # fmt: skip
+    """The methods of a use case: all see `support + query` samples in a client's round.
+
+    Methods in batches of 8 take two passes over them, with a rate of their own.
+    """
+    samples = support + query
+    annealed = Outer(start=1.0, end=0.0)
+    meta = TinyMetaFed(
+        local=local, rate=rate, rate_local=rate_local, support=support, query=query, top=top,
+        reconstruct=reconstruct, tune=tune, outer=annealed,
+    )  # fmt: skip
+    whole = {"tune": tune + reconstruct}
+    return {
+        "FedAvg + fine-tuning": FedAvg(
+            rate=batch_rate, query=samples, batch=8, passes=2, clients=clients, **whole
+        ),
+        "Reptile": Reptile(rate=batch_rate, query=samples, batch=8, passes=2, **whole),
+        "TinyReptile": TinyReptile(rate=rate, query=samples, outer=annealed, **whole),
+        "FedRecon": FedRecon(
+            local=local, rate=batch_rate, rate_local=batch_rate, support=support, query=query,
+            batch=8, passes=2, clients=clients, reconstruct=reconstruct, tune=tune,
+        ),
+        "TinyMetaFed": meta,
+        "no reconstruction": meta.model_copy(
+            update={"local": (), "support": 0, "query": samples, "reconstruct": 0, **whole}
+        ),
+        "no Top-P": meta.model_copy(update={"top": 1.0}),
+        "batches": meta.model_copy(
+            update={"batch": 8, "passes": 2, "rate": batch_rate, "rate_local": batch_rate}
+        ),
+        "no annealing": meta.model_copy(update={"outer": Outer(start=0.5, end=0.5)}),
+        "8 bits, feedback (ours)": meta.model_copy(update={"values": "int8", "feedback": True}),
+    }  # fmt: skip
+
+
+def shared(case: str, seed: int) -> Population:
+    paths = [backbones.SHARED / "data" / name for name in PATHS[case]]
+    return CASES[case].population(paths, seed)
+
+
+SETTINGS: dict[str, Setting] = {}
+
+
+# ---- study --------------------------------------------------------------------------------------
+
+
+def study(args: argparse.Namespace) -> None:
+    setting = SETTINGS[args.case]
+    for seed in range(args.first, args.first + args.seeds):
+        for label, rule in setting.named(args.only).items():
+            path = record(args, args.case, label, seed)
+            if path.exists():
+                continue
+            start = time.perf_counter()
+            made = federated(args, setting, rule, seed)
+            seconds = time.perf_counter() - start
+            if made is None:
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = summary(made) | {"label": label, "seconds": seconds, "case": args.case}
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(kept) + "\n")
+            part.replace(path)
+            q = [round(j["after"], 3) for j in kept["judgements"]]
+            print(f"{args.case} {seed} {label:24} {q[0]} -> {q[len(q) // 2]} -> {q[-1]}  "
+                  f"{made.bytes / 1e6:.2f} MB  {seconds:.0f} s", flush=True)  # fmt: skip
+
+
+def federated(
+    args: argparse.Namespace, setting: Setting, rule: FederatedRule, seed: int
+) -> History:
+    return federate(
+        network(args.case, seed), example(args.case), rule, setting.population(seed),
+        rounds=setting.rounds, board=BOARD, shots=setting.shots, tests=setting.tests,
+        tasks=setting.tasks, judge_every=setting.rounds // JUDGED, seed=seed,
+        workspace=args.out / "emitted",
+    )  # fmt: skip
+
+
+def network(case: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return CASES[case].model().eval()
+
+
+def example(case: str) -> torch.Tensor:
+    return torch.zeros(1, *CASES[case].input)
+
+
+def summary(made: History) -> dict[str, Any]:
+    """What the tables need: bytes by round, not each round's log."""
+    spent, total = [], 0
+    for r in made.rounds:
+        total += r.bytes_down + r.bytes_up
+        spent.append(total)
+    return {
+        "rule": made.rule, "seed": made.seed, "ram": made.ram, "shared": made.shared,
+        "local": made.local, "loss": made.loss,
+        "judgements": [
+            {"round": j.round, "before": j.before, "after": j.after,
+             "bytes": spent[j.round - 1] if j.round else 0}
+            for j in made.judgements
+        ],
+        "down": sum(r.bytes_down for r in made.rounds),
+        "up": sum(r.bytes_up for r in made.rounds),
+        "asked": sum(len(r.asked) for r in made.rounds),
+        "failed": sum(len(r.failed) for r in made.rounds),
+    }  # fmt: skip
+
+
+def record(args: argparse.Namespace, case: str, label: str, seed: int) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in label).strip("-")
+    return args.out / case / f"{name}-{seed}.json"
+
+
+# ---- table --------------------------------------------------------------------------------------
+
+
+def table(args: argparse.Namespace) -> None:
+    """A row for each use case and method, and a picture for each use case."""
+    made: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
+    rows = {(r["case"], r["method"]): r for r in made.get("rows", [])}
+    for case, setting in SETTINGS.items():
+        if args.case and case != args.case:
+            continue
+        found = {label: records(args, case, label) for label in setting.rules}
+        found = {label: runs for label, runs in found.items() if runs}
+        if "TinyReptile" not in found:
+            continue
+        for label, runs in found.items():
+            rows[case, label] = row(case, label, runs, found)
+        energy = {label: joules(args, case, setting.rules[label]) for label in found}
+        curves = {label: points_of(runs, energy[label]) for label, runs in found.items()}
+        lower = "mean squared error" if CASES[case].loss == "mse" else "accuracy"
+        title = f"{case}: new clients after {setting.shots} shots"
+        main = {k: v for k, v in curves.items() if k not in OTHERS}
+        for name, some in (("", main), ("_ablation", ablation(curves))):
+            save_curves(args.json.with_name(f"federated_{case}{name}.svg"), some, lower, title)
+        for label in found:
+            rows[case, label]["joules"] = energy[label][0]
+    made = {
+        "command": f"python benchmarks/federated.py table --json {args.json.name}",
+        "python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(),
+        "rows": list(rows.values()),
+    }  # fmt: skip
+    args.json.write_text(json.dumps(made, indent=1) + "\n")
+    for r in made["rows"]:
+        print("  ".join(f"{k} {v}" for k, v in r.items() if not isinstance(v, list)))
+
+
+def records(args: argparse.Namespace, case: str, label: str) -> list[dict[str, Any]]:
+    paths = [record(args, case, label, seed) for seed in range(100)]
+    return [json.loads(p.read_text()) for p in paths if p.exists()]
+
+
+def ablation(curves: dict[str, list[Points]]) -> dict[str, list[Points]]:
+    return {k: v for k, v in curves.items() if k in ("TinyReptile", "TinyMetaFed", *OTHERS)}
+
+
+def row(
+    case: str, label: str, runs: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """The last quality, its spread over the last quarter, and bytes to TinyReptile's last quality.
+
+    The target of a seed is TinyReptile's mean over the last quarter of its judged rounds; it is
+    reached in the first judged round from which on the mean of three is as good.
+    """
+    targets = {r["seed"]: tail(r)[0] for r in found["TinyReptile"]}
+    reach = [reached(r, targets[r["seed"]]) for r in runs if r["seed"] in targets]
+    got = [b for b in reach if b is not None]
+    spread = [tail(r)[1] for r in runs]
+    last = [tail(r)[0] for r in runs]
+    return {
+        "case": case, "method": label, "seeds": len(runs), "shared": runs[0]["shared"],
+        "local": runs[0]["local"], "ram": runs[0]["ram"], "quality": mean(last),
+        "before": mean([r["judgements"][-1]["before"] for r in runs]),
+        "deviation": mean(spread), "megabytes": mean([(r["down"] + r["up"]) / 1e6 for r in runs]),
+        "up_share": sum(r["up"] for r in runs) / sum(r["down"] + r["up"] for r in runs),
+        "to_target": mean([b / 1e6 for b in got]) if got else None,
+        "reached": f"{len(got)} of {len(reach)}",
+        "target_bytes": [b / 1e6 if b is not None else None for b in reach],
+        "qualities": last, "deviations": spread, "seconds": mean([r["seconds"] for r in runs]),
+    }  # fmt: skip
+
+
+def tail(run: dict[str, Any]) -> tuple[float, float]:
+    """(mean, standard deviation) of the quality over the last quarter of the judged rounds."""
+    rounds = run["judgements"][-1]["round"]
+    late = [j["after"] for j in run["judgements"] if j["round"] > 0.75 * rounds]
+    return statistics.fmean(late), statistics.pstdev(late)
+
+
+def reached(run: dict[str, Any], target: float) -> int | None:
+    judged = run["judgements"]
+    better = (lambda q: q <= target) if run["loss"] == "mse" else (lambda q: q >= target)
+    for i in range(1, len(judged)):
+        window = [j["after"] for j in judged[i : i + 3]]
+        if better(statistics.fmean(window)):
+            return int(judged[i]["bytes"])
+    return None
+
+
+def mean(values: list[float]) -> dict[str, float | None]:
+    return {"mean": statistics.fmean(values), "half": interval(values)}
+
+
+def points_of(runs: list[dict[str, Any]], energy: tuple[float, Energy]) -> list[Points]:
+    """Of every run: (round, bytes, joules, quality)."""
+    each, model = energy
+    made = []
+    for r in runs:
+        clients = r["asked"] / r["judgements"][-1]["round"]
+        made.append([
+            (j["round"], j["bytes"], j["round"] * clients * each + model.radio(j["bytes"]),
+             j["after"])
+            for j in r["judgements"]
+        ])  # fmt: skip
+    return made
+
+
+def joules(args: argparse.Namespace, case: str, rule: FederatedRule) -> tuple[float, Energy]:
+    """What a client's round takes to compute, by executed instructions of an emulated M4F."""
+    setting = SETTINGS[case]
+    plan = client_plans(
+        network(case, 0), example(case), rule, CASES[case].loss,
+        shots_in_all(setting.population(0), setting.shots), BOARD,
+    )[0]  # fmt: skip
+    path = args.out / case / f"instructions-{plan.hash[:16]}-{rule.passes}.json"
+    model = Energy.of(board(BOARD))
+    if not path.exists():
+        learner: Any = make_learner(network(case, 0), plan, rule, "native", args.out / "emitted")
+        del learner
+        folder = next((args.out / "emitted").glob("c-*"))
+        for folder in (args.out / "emitted").glob("c-*"):
+            if json.loads((folder / "plan.json").read_text())["hash"] == plan.hash:
+                break
+        population = setting.population(0)
+        rng = np.random.default_rng(0)
+        sides = population.streams(0, rule.support, rule.query, rng)
+        first, second = (list(side) for side in sides)
+        order = list(range(len(first)))
+        order += [len(first) + i for _ in range(rule.passes) for i in range(len(second))]
+        x, y = (np.stack([s[k] for s in first + second]) for k in (0, 1))
+        trace = run_on(folder, "m4f", train=(x, y), order=order)
+        path.write_text(json.dumps({"instructions": trace.figures["instructions_train_all"],
+                                    "ram": trace.figures["ram"]}) + "\n")  # fmt: skip
+    found = json.loads(path.read_text())
+    return model.compute(found["instructions"]), model
+
+
+# ---- clients in C, on boards and in PyTorch -----------------------------------------------------
+
+
+def clients(args: argparse.Namespace) -> None:
+    """20 rounds of sines: four clients in the shared library, two on emulated Cortex-M4F; the same
+    with all of them in PyTorch."""
+    rule = SETTINGS["sines"].rules["TinyMetaFed"].model_copy(update={"clients": 6, "batch": 1})
+    setting = SETTINGS["sines"]
+    population = SineClients(6, 2, 0)
+    net = network("sines", 0)
+    plan, deploy = client_plans(net, example("sines"), rule, "mse", setting.shots, BOARD)
+    made: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        folders = [emit(net, plan, Path(place) / f"client-{k}") for k in range(6)]
+        boards = [stack.enter_context(Emulated(f, "m4f", rule.local)) for f in folders[4:]]
+        mixed = [NativeLearner(f, rule.local) for f in folders[:4]]
+        mixed += [BoardLearner(b.link, f, rule.local)
+                  for b, f in zip(boards, folders[4:], strict=True)]  # fmt: skip
+        in_torch = [TorchLearner(net, plan, rule.local) for _ in range(6)]
+        for name, learners in (("C and boards", mixed), ("PyTorch", in_torch)):
+            start = time.perf_counter()
+            settles = TorchLearner(net, deploy, rule.local)
+            made[name] = rounds_of(rule, population, learners, settles)
+            made[name]["seconds"] = time.perf_counter() - start
+        figures = [learner.figures() for learner in mixed[4:]]
+    a, b = (np.array([r["loss"] for r in made[n]["rounds"]]) for n in made)
+    result = {
+        "command": f"python benchmarks/federated.py clients --json {args.json.name}",
+        "rounds": len(a), "clients": 6, "largest_difference": float(np.abs(a - b).max()),
+        "bytes_alike": made["PyTorch"]["bytes"] == made["C and boards"]["bytes"],
+        "ram": [f.ram for f in figures], "ram_limit": board(BOARD).ram,
+        "instructions_a_sample": [f.instructions for f in figures],
+        "losses": {"C and boards": a.tolist(), "PyTorch": b.tolist()},
+        "judged": {n: made[n]["judged"] for n in made},
+        "seconds": {n: made[n]["seconds"] for n in made},
+    }  # fmt: skip
+    print(f"{len(a)} rounds, losses apart by {result['largest_difference']:.2e} at most; "
+          f"RAM of the firmware {result['ram']} of {result['ram_limit']:,} bytes")  # fmt: skip
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def rounds_of(
+    rule: FederatedRule, population: Population, learners: list[Any], deployment: Any
+) -> dict[str, Any]:
+    """20 rounds in which each client trains with a learner of its own."""
+    apps = [
+        client_app(lambda context, of=of: Site(rule, population, of, deployment, 10, 50, 1, 0))
+        for of in learners
+    ]
+    apps += apps[:1] * population.newcomers
+
+    def dispatch(message: Any, context: Any) -> Any:
+        return apps[context.node_config["partition-id"]](message, context)
+
+    grid = LocalGrid(dispatch, len(apps))  # type: ignore[arg-type]
+    layout = learners[0].layout
+    server = Server(rule, layout.model, deployment.shared(), 20, 0)
+    strategy = Federate(server, population.clients, judge_every=20)
+    run_rounds(strategy, grid)
+    return {
+        "rounds": [r.as_dict() for r in strategy.rounds],
+        "judged": [j.after for j in strategy.judgements],
+        "bytes": sum(r.bytes_down + r.bytes_up for r in strategy.rounds),
+    }
+
+
+# ---- faults -------------------------------------------------------------------------------------
+
+
+def faults(args: argparse.Namespace) -> None:
+    """FedAvg on sines: 30 % of the answers lost, a liar in every round, the server killed twice.
+
+    Against the same without faults, over seeds.
+    """
+    rows = []
+    for seed in range(args.first, args.first + args.seeds):
+        clean = hurt_run(args, seed, share=0.0, liar=False, kills=0)
+        hurt = hurt_run(args, seed, share=0.3, liar=True, kills=2)
+        rows.append({"seed": seed, "clean": clean, "faults": hurt})
+        print(f"seed {seed}: {clean['after']:.3f} without faults, {hurt['after']:.3f} with "
+              f"{hurt['failed']} answers not used, {hurt['kills']} kills")  # fmt: skip
+    ends = {k: [r[k]["after"] for r in rows] for k in ("clean", "faults")}
+    result = {
+        "command": f"python benchmarks/federated.py faults --seeds {args.seeds} "
+        f"--json {args.json.name}",
+        "rows": rows, **{k: mean(v) for k, v in ends.items()},
+        "difference": mean([b - a for a, b in zip(*ends.values(), strict=True)]),
+    }  # fmt: skip
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+FAULTY_ROUNDS = 300
+
+
+def hurt_run(
+    args: argparse.Namespace, seed: int, share: float, liar: bool, kills: int
+) -> dict[str, Any]:
+    """In a process of its own, which is killed and started again in the same folder."""
+    with tempfile.TemporaryDirectory() as place:
+        what = json.dumps({"seed": seed, "share": share, "liar": liar, "folder": place})
+        command = [sys.executable, __file__, "faulty", "--out", str(args.out), "--what", what]
+        history = Path(place) / "history.jsonl"
+        killed = 0
+        while True:
+            process = subprocess.Popen(command)
+            due = (killed + 1) * FAULTY_ROUNDS // (kills + 1) if killed < kills else None
+            while process.poll() is None:
+                time.sleep(0.01)
+                if due is not None and history.exists() and rounds_in(history) >= due:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                    killed += 1
+                    break
+            else:
+                if process.returncode:
+                    raise SystemExit(process.returncode)
+                break
+        rounds, judged = read_history(Path(place), FAULTY_ROUNDS)
+    assert [r.round for r in rounds] == list(range(1, FAULTY_ROUNDS + 1)), "nothing is lost"
+    return {
+        "after": judged[-1].after, "before": judged[0].after, "kills": killed,
+        "failed": sum(len(r.failed) for r in rounds),
+        "refused": len({w for r in rounds for w in r.failed.values() if "refused" in w}),
+    }  # fmt: skip
+
+
+def rounds_in(history: Path) -> int:
+    return history.read_text().count('"kind": "round"')
+
+
+def faulty(args: argparse.Namespace) -> None:
+    """One run, for `faults`."""
+    what = json.loads(args.what)
+    setting = SETTINGS["sines"]
+    rule = setting.rules["FedAvg + fine-tuning"].model_copy(update={"clients": 6})
+    net, seed = network("sines", what["seed"]), what["seed"]
+    population = SineClients(50, 40, seed)
+    training, deployment = (
+        make_learner(net, plan, rule, "native", args.out / "emitted")
+        for plan in client_plans(net, example("sines"), rule, "mse", setting.shots, BOARD)
+    )
+    quiet(logging.ERROR)
+    site = Site(rule, population, training, deployment, setting.shots, setting.tests, 1, seed)
+
+    class EveryRound(FaultyGrid):
+        """The liar answers in every round, in the place of the last client that was asked."""
+
+        def push_messages(self, messages: Any) -> Any:
+            messages = list(messages)
+            if messages and messages[0].metadata.message_type == "train" and what["liar"]:
+                self.liars = (messages[-1].metadata.dst_node_id - 1,)
+            return super().push_messages(messages)
+
+    grid = EveryRound(client_app(lambda context: site), 90, training.layout,
+                      share=what["share"], seed=seed)  # fmt: skip
+    server = Server(rule, training.layout.model, training.shared(), FAULTY_ROUNDS, seed)
+    strategy = Federate(server, 50, judge_every=FAULTY_ROUNDS, folder=what["folder"])
+    run_rounds(strategy, grid)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("verb", choices=tuple(VERBS))
+    parser.add_argument("--case", choices=("", *SETTINGS), default="")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--only", default="", help="some of the methods, by label: a;b")
+    parser.add_argument("--out", type=Path, default=CACHE)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--what", default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "study": study, "table": table, "clients": clients, "faults": faults, "faulty": faulty,
+}  # fmt: skip
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    VERBS[args.verb](args)
+
+
+if __name__ == "__main__":
+    main()
