@@ -109,10 +109,12 @@ def words(paths: Paths, seed: int = 0, newcomers: int | Sequence[str] = 2) -> Sp
     return SpeakerClients(normalised, preprocess, drawn.speakers[drawn.clients :])
 
 
+# What is local is what learned best of head, first layers, last block and biases: the head, where
+# labels or amplitudes are each client's own; the biases, where all clients share the labels.
 CASES: dict[str, Case] = {
     "sines": Case(
         SineNet, sines, (1,), "mse", "none: they are computed",
-        local=("layers.4.*",), rate=0.005, rate_local=0.005, query=32, start=1.0, shots=10, tune=8,
+        local=("layers.4.*",), rate=0.005, rate_local=0.005, query=32, start=0.3, shots=10, tune=8,
     ),
     "characters": Case(
         CharacterNet, characters, (1, 28, 28), "cross_entropy",
@@ -122,7 +124,7 @@ CASES: dict[str, Case] = {
     "words": Case(
         KeywordNet, words, (1, 32, 20), "cross_entropy",
         "an .npz with an array of 8 kHz samples for each recording, WORD_SPEAKER_NUMBER",
-        local=("stem.*",), rate=0.02, rate_local=0.02, query=32, start=1.0, shots=5, tune=4,
+        local=("*.bias",), rate=0.02, rate_local=0.02, query=32, start=1.0, shots=5, tune=4,
     ),
 }  # fmt: skip
 
