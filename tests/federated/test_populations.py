@@ -177,7 +177,7 @@ def test_points_lie_on_the_wave_of_the_client():
     assert -5 <= x.min() < -4.5 and 4.5 < x.max() <= 5
 
 
-@given(st.integers(0, 20), st.integers(1, 12), st.integers(0, 100))
+@given(st.integers(0, 18), st.integers(1, 12), st.integers(0, 100))
 def test_a_task_of_characters_has_its_ways_evenly_and_drawers_on_one_side_only(s, q, seed):
     population = CharacterClients(alphabets(), AS_IS, ways=3, newcomers=1)
     support, query = (list(t) for t in population.streams(0, s, q, np.random.default_rng(seed)))
