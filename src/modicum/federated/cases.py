@@ -56,18 +56,18 @@ def rule_for(case: Case, name: str, values: Mapping[str, Any] | None = None) -> 
     """The fields of a federated method on a use case: `values`, and the case's where they are not.
 
     Where parameters are local, half of the samples reconstruct them, and one of the new client's
-    passes does.  Raises UsageError for a method that there is not.
+    passes does; `start` is for methods without: what is shared then moves less.  Raises UsageError for a method that there is not.
     """
     if name not in FEDERATED:
         raise UsageError(f"no federated method is called {name!r}", hint=", ".join(FEDERATED))
     defaults = FEDERATED[name].model_fields
     fields: dict[str, Any] = {"rate": case.rate, "query": case.query, "tune": case.tune}
-    if defaults["outer"].get_default() == ANNEALED:
-        fields["outer"] = {"start": case.start, "end": 0.0}
     if defaults["support"].get_default():
         half = case.query // 2
         fields |= {"local": case.local, "rate_local": case.rate_local, "support": half}
         fields |= {"query": half, "reconstruct": 1, "tune": max(1, case.tune - 1)}
+    elif defaults["outer"].get_default() == ANNEALED:
+        fields["outer"] = {"start": case.start, "end": 0.0}
     return fields | dict(values or {})
 
 
