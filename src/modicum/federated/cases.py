@@ -33,7 +33,7 @@ class Case:
 
     `population(paths, seed)` reads a user's own data: `data` says what `paths` are.  `input` is
     the shape of one sample.  A client learns from `query` samples in a round, one at a time, with
-    steps of `rate`; the server's first step is `start`.  `local` are patterns of the parameters
+    steps of `rate`; the server's first step is `start` (see `rule_for`).  `local` are patterns of the parameters
     that can stay with the client, `rate_local` is theirs.  A new client learns from `shots` samples
     (of each class), in `tune` passes over them.
     """
@@ -56,7 +56,8 @@ def rule_for(case: Case, name: str, values: Mapping[str, Any] | None = None) -> 
     """The fields of a federated method on a use case: `values`, and the case's where they are not.
 
     Where parameters are local, half of the samples reconstruct them, and one of the new client's
-    passes does; `start` is for methods without: what is shared then moves less.  Raises UsageError for a method that there is not.
+    passes does; `start` is for methods without: what is shared then moves less.  Raises UsageError
+    for a method that there is not.
     """
     if name not in FEDERATED:
         raise UsageError(f"no federated method is called {name!r}", hint=", ".join(FEDERATED))
