@@ -33,9 +33,9 @@ class Case:
 
     `population(paths, seed)` reads a user's own data: `data` says what `paths` are.  `input` is
     the shape of one sample.  A client learns from `query` samples in a round, one at a time, with
-    steps of `rate`; the server's first step is `start` (see `rule_for`).  `local` are patterns of the parameters
-    that can stay with the client, `rate_local` is theirs.  A new client learns from `shots` samples
-    (of each class), in `tune` passes over them.
+    steps of `rate`; the server's first step is `start` (see `rule_for`).  `local` are patterns of
+    the parameters that can stay with the client, `rate_local` is theirs.  A new client learns from
+    `shots` samples (of each class), in `tune` passes over them.
     """
 
     model: Callable[[], nn.Module]
