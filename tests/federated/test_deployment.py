@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import ssl
 import stat
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
-from federated.test_engines import descendants, in_one_process
+from federated.test_engines import in_one_process, inheriting
 
 from modicum.errors import InvalidInput, ModicumError, UsageError
 from modicum.federated.app.task import Settings
@@ -24,12 +25,14 @@ from modicum.federated.strategy import STATE, read_history
 
 
 @pytest.mark.slow
-def test_two_nodes_agree_with_one_process_and_strangers_are_refused(tmp_path: Path) -> None:
+def test_two_nodes_agree_with_one_process_and_strangers_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     settings = Settings(
         rounds=2, clients=2, rule='{"kind": "tinymetafed", "clients": 2}',
         out=str(tmp_path / "out"), timeout=300,
     )  # fmt: skip
-    before = descendants()
+    monkeypatch.setenv("MODICUM_TEST", str(tmp_path))
     with Loopback(tmp_path / "fleet") as fleet, Meter(fleet.port) as meter:
         for client in range(2):
             fleet.add_node({"partition-id": client}, meter.port)
@@ -45,16 +48,13 @@ def test_two_nodes_agree_with_one_process_and_strangers_are_refused(tmp_path: Pa
         assert deceived.process.wait(120) != 0
         fleet.wait(run, 600)
         up, down = meter.bytes
+        assert len(inheriting(tmp_path)) >= 6  # server and nodes, and what waits for their tasks
         assert "No SuperNode found with the given public key" in fleet.server.said()
         assert "CERTIFICATE_VERIFY_FAILED" in deceived.said()
-    until = time.monotonic() + 20
-    while descendants() - before and time.monotonic() < until:
-        time.sleep(0.2)
-    assert not descendants() - before
+    assert not inheriting(tmp_path)
 
-    expected = in_one_process(
-        settings.model_copy(update={"out": "", "cache": str(tmp_path / "cache")})
-    )
+    alone = {"out": "", "cache": str(tmp_path / "cache")}
+    expected = in_one_process(settings.model_copy(update=alone))
     rounds, _ = read_history(tmp_path / "out", 2)
     assert [r.used for r in rounds] == [[0, 1], [0, 1]]
     assert [r.bytes_up for r in rounds] == [r.bytes_up for r in expected.rounds]
@@ -98,19 +98,21 @@ def test_a_configuration_is_written_as_flower_reads_it() -> None:
         supernode("127.0.0.1:8000", Path("ca.pem"), Path("key"), {"learner": "native"})
 
 
-def test_what_was_started_is_stopped_with_all_that_it_has_started(tmp_path: Path) -> None:
-    started = []
+def test_what_was_started_is_stopped_with_all_that_it_has_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MODICUM_TEST", str(tmp_path))
+    stubborn = "trap '' TERM; setsid sleep 600 & sleep 600 & echo up; wait"
 
     def fail_midway() -> None:
-        with Processes(os.environ) as processes:
-            script = "sleep 600 & sleep 600 & trap '' TERM; echo up; wait"
-            started.append(processes.start(["sh", "-c", script], tmp_path / "log"))
-            while "up" not in started[0].said():
+        with Processes(os.environ, patience=0.5) as processes:
+            started = processes.start(["sh", "-c", stubborn], tmp_path / "log")
+            while "up" not in started.said():
                 time.sleep(0.05)
-            assert len(descendants(started[0].pid)) == 2
+            os.kill(started.pid, signal.SIGKILL)  # its children are nobody's now
+            assert len(inheriting(tmp_path)) >= 2
             raise ModicumError("midway")
 
     with pytest.raises(ModicumError, match="midway"):
         fail_midway()
-    assert started[0].process.returncode is not None
-    assert not descendants(started[0].pid)
+    assert not inheriting(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 from modicum.errors import ModicumError, ToolMissing, UsageError
 from modicum.federated.app.task import Settings, run, site_of, strategy_of
 from modicum.federated.client_app import Site, client_app
+from modicum.federated.deploy.processes import TAG, stop_tagged
 from modicum.federated.flower import Context, Grid, ServerApp, quiet
 from modicum.federated.strategy import Federate
 
@@ -61,7 +63,7 @@ def simulate(
         run(settings, strategy, grid)
         finished.append(True)
 
-    with _ray_folder() as folder, _as_it_was("PYTHONPATH", "FLWR_HOME"):
+    with _ray_folder() as folder, _as_it_was("PYTHONPATH", "FLWR_HOME"), _stopped():
         os.environ["FLWR_HOME"] = folder
         quiet(logging.ERROR)  # above its deprecation
         run_simulation(
@@ -99,6 +101,18 @@ def _ray_folder() -> Iterator[str]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _stopped() -> Iterator[None]:
+    """Some of Ray's processes outlive its shutdown; a tag in their environment tells which."""
+    tag = secrets.token_hex(8)
+    with _as_it_was(TAG):
+        os.environ[TAG] = tag
+        try:
+            yield
+        finally:
+            stop_tagged(tag, patience=5.0)
 
 
 @contextmanager

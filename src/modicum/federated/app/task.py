@@ -14,13 +14,13 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
 import modicum
 from modicum.errors import InvalidInput, UsageError
 from modicum.federated.app.privacy import Noisy
-from modicum.federated.cases import CASES, Case
+from modicum.federated.cases import CASES, Case, rule_for
 from modicum.federated.client_app import Site
 from modicum.federated.federation import (
     client_plans,
@@ -32,7 +32,7 @@ from modicum.federated.flower import Context, Grid, Strategy
 from modicum.federated.layout import Layout
 from modicum.federated.learner import Learner
 from modicum.federated.populations import Few, Population, Streams
-from modicum.federated.rules import AnyRule, FederatedRule
+from modicum.federated.rules import FEDERATED, FederatedRule
 from modicum.federated.server import Server
 from modicum.federated.strategy import Federate, run_rounds
 from modicum.graph import Frozen
@@ -166,22 +166,21 @@ def _site(settings: Settings, new: bool) -> Site:
 def rule_of(text: str, case: Case) -> FederatedRule:
     """A method by its name or as JSON; what is not said is the case's.
 
-    >>> rule_of("tinyreptile", CASES["sines"]).rate
-    0.02
+    >>> rule_of("tinyreptile", CASES["sines"]).query
+    32
     >>> rule_of('{"kind": "tinymetafed", "top": 0.1}', CASES["sines"]).local
     ('layers.4.*',)
     """
     try:
         given = json.loads(text) if text.lstrip().startswith("{") else {"kind": text}
-        mine: dict[str, Any] = {"rate": case.rate, "rate_local": case.rate_local, "tune": case.tune}
-        keeps_local = given.get("support", _SUPPORT.get(str(given.get("kind"))))
-        if keeps_local:
-            mine["local"] = case.local
-        return _RULES.validate_python({**mine, **given})
-    except ValidationError as error:
-        raise UsageError(f"the rule {text!r} does not fit", why=_lines(error)) from None
     except ValueError as error:
         raise UsageError(f"the rule {text!r} is not JSON", why=str(error)) from None
+    kind = str(given.pop("kind", None))
+    fields = rule_for(case, kind, given)
+    try:
+        return FEDERATED[kind].model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(f"the rule {text!r} does not fit", why=_lines(error)) from None
 
 
 class Fewer:
@@ -202,13 +201,6 @@ class Fewer:
 
     def newcomer(self, which: int, shots: int, query: int, rng: np.random.Generator) -> Few:
         return self.whole.newcomer(which, shots, query, rng)
-
-
-_RULES: TypeAdapter[FederatedRule] = TypeAdapter(AnyRule)
-_SUPPORT = {
-    of.model_fields["kind"].default: of.model_fields["support"].default
-    for of in FederatedRule.__subclasses__()
-}
 
 
 class _Late:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -122,7 +123,7 @@ def _toml(value: Any) -> str:
 
 @dataclass
 class Started:
-    """A process that was started, in a group of its own: what it starts is stopped with it."""
+    """A process that was started, and the file that has what it says."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -135,11 +136,17 @@ class Started:
         return self.log.read_text(errors="replace")
 
 
-class Processes:
-    """Starts programs, and stops all of them at the end, the last first, whatever happens."""
+TAG = "MODICUM_PROCESSES"
+"""The environment variable by which what was started is found again."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment = dict(environment)
+
+class Processes:
+    """Starts programs, and stops them and all that they have started, whatever happens (Linux)."""
+
+    def __init__(self, environment: Mapping[str, str], patience: float = 10.0) -> None:
+        self.patience = patience
+        self.tag = secrets.token_hex(8)
+        self.environment = {**environment, TAG: self.tag}
         self.running: list[Started] = []
 
     def __enter__(self) -> Processes:
@@ -158,39 +165,43 @@ class Processes:
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                env=self.environment, start_new_session=True,
+                env=self.environment, start_new_session=True,  # Ctrl-C is for this process alone
             )  # fmt: skip
         self.running.append(Started(process, log))
         return self.running[-1]
 
-    def stop(self, patience: float = 10.0) -> None:
-        """Ask each group to end, wait, and then end it."""
-        for started in reversed(self.running):
-            _signal(started, signal.SIGTERM)
-        until = time.monotonic() + patience
-        for started in reversed(self.running):
-            while _alive(started) and time.monotonic() < until:
-                time.sleep(0.1)
-            _signal(started, signal.SIGKILL)
+    def stop(self) -> None:
+        """Stop all that was started, and all that it has started."""
+        stop_tagged(self.tag, self.patience)
+        for started in self.running:
             started.process.wait()
         self.running.clear()
 
 
-def _signal(started: Started, number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(started.pid, number)
+def stop_tagged(tag: str, patience: float) -> None:
+    """Ask the processes of a tag to end, wait for so many seconds, and then end them."""
+    asked: set[int] = set()
+    until = time.monotonic() + patience
+    while ours := tagged(tag):
+        late = time.monotonic() > until
+        for pid in ours if late else ours - asked:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        asked |= ours
+        time.sleep(0.1)
 
 
-def _alive(started: Started) -> bool:
-    """Whether anything of its group still runs.
+def tagged(tag: str) -> set[int]:
+    """The processes that have this tag in their environment, wherever it came from.
 
-    What has ended but is not waited for by anyone, as in a container without init, does not count.
+    Parents and groups do not tell: Flower's server starts processes in a session of their own, and
+    those of a node outlive it.  What has ended has no environment.
     """
-    started.process.poll()
+    found = set()
     for entry in Path("/proc").iterdir():
-        with suppress(OSError):  # it has ended meanwhile
-            if entry.name.isdigit():
-                state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-                if int(group) == started.pid and state != "Z":
-                    return True
-    return False
+        with suppress(OSError):  # it has ended meanwhile, or is another user's
+            if entry.name.isdigit() and f"{TAG}={tag}".encode() in (
+                (entry / "environ").read_bytes().split(b"\0")
+            ):
+                found.add(int(entry.name))
+    return found
