@@ -426,13 +426,15 @@ def parse_case(spec: str) -> Case:
 
 def parse_federated(spec: str, case: Case) -> FederatedRule:
     """A federated method from name or name:key=value; what is not given is the case's."""
-    from modicum.federated.app.task import rule_of
+    from modicum.federated.cases import rule_for
+    from modicum.federated.rules import FEDERATED
 
     name, values = parse_spec(spec) if ":" in spec else (spec, {})
     for key in ("local", "train"):
         if isinstance(values.get(key), str):
             values[key] = [values[key]]
-    return rule_of(json.dumps({"kind": name, **values}), case)
+    fields = rule_for(case, name, values)
+    return _valid(FEDERATED[name], fields, f"rule {name}")
 
 
 def parse_rl(values: dict[str, Any], outer: Sequence[str]) -> RL:
