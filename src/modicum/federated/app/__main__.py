@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from modicum.errors import ModicumError
 from modicum.federated.app.task import Settings, open_site, run, strategy_of
 from modicum.federated.client_app import client_app
@@ -20,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; returns the exit code.  Rounds and judgements go to stdout, a line of JSON each."""
     chosen = vars(_parser().parse_args(arguments))
     engine = ENGINES[chosen.pop("engine")]
+    torch.set_num_threads(1)  # as the other engines do: sums come out in one order
     try:
         engine(Settings.of({k: v for k, v in chosen.items() if v is not None}))
     except ModicumError as error:

@@ -78,10 +78,13 @@ def program(name: str) -> str:
 def environment(home: str | Path) -> dict[str, str]:
     """Of all of Flower's programs: nothing reported, nothing installed, its files in `home`.
 
-    They start one another by name, so this environment's come first on the PATH.
+    They start one another by name, so this environment's come first on the PATH.  PyTorch has one
+    thread, unless OMP_NUM_THREADS says otherwise: sums come out in one order, and for nets of this
+    size more threads are slower.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return {**os.environ, **QUIET, "FLWR_HOME": str(Path(home).resolve()), "PATH": path}
+    mine = {**QUIET, "FLWR_HOME": str(Path(home).resolve()), "PATH": path}
+    return {"OMP_NUM_THREADS": "1", **os.environ, **mine}
 
 
 def connect(home: Path, server: str, ca: Path) -> None:
