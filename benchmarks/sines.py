@@ -4,7 +4,8 @@
 
 The task of Finn et al. (ICML 2017, 5.1): amplitudes from 0.1 to 5, phases from 0 to pi, 10 points
 to learn from; 1-40-40-1 with ReLU.  25 tasks an update, 600 test tasks.  Every finished training is
-a folder below --out (default: ~/.cache/modicum/sines); one that was stopped goes on.
+a folder below --out (default: ~/.cache/modicum/sines); one that was stopped goes on.  FILE keeps
+the rows of other rules.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ RULES = {
     "Reptile": Reptile(steps=10, rate=0.02, judged=10),
 }
 STEPS = (0, 1, 2, 5, 10)
+EPISODES, TASKS = 5000, 25  # of an epoch, and of an update
 
 
 def main() -> None:
@@ -59,13 +61,18 @@ def main() -> None:
             f"after {k}": f"{mean[i]:.3f}" + ("" if half is None else f" ± {half[i]:.3f}")
             for i, k in enumerate(STEPS)
         }
-        rows.append({"rule": label, "seeds": len(curves), **shown})
+        updates = args.epochs * EPISODES // TASKS
+        rows.append({"rule": label, "seeds": len(curves), "updates": updates, **shown})
         print(f"{label:8} " + "  ".join(f"{k}: {v}" for k, v in shown.items()))
     if args.json:
+        new = {row["rule"] for row in rows}
+        old = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
+        rows = sorted(
+            [*rows, *(row for row in old if row["rule"] not in new)],
+            key=lambda row: [*RULES].index(row["rule"]),
+        )
         made = {
-            "command": f"python benchmarks/sines.py --seeds {args.seeds} --epochs {args.epochs} "
-            + (f"--rules '{args.rules}' " if args.rules else "")
-            + f"--json {args.json.name}",
+            "command": f"python benchmarks/sines.py --json {args.json.name}",
             "python": platform.python_version(), "torch": torch.__version__, "rows": rows,
         }  # fmt: skip
         args.json.write_text(json.dumps(made, indent=1) + "\n")
@@ -78,7 +85,7 @@ def trained(args: argparse.Namespace, label: str, rule, seed: int) -> list[float
     net = SineNet()
     reptile = isinstance(rule, Reptile)
     config = MetaTrain(
-        rule=rule, epochs=args.epochs, episodes=5000, tasks=25, together=25, seed=seed,
+        rule=rule, epochs=args.epochs, episodes=EPISODES, tasks=TASKS, together=TASKS, seed=seed,
         **({"rate": 0.5} if reptile else {"rate": 2e-3}), validation=100,
     )  # fmt: skip
     metatrain(net, Sines(), None, config, out=folder, validation=Sines(), progress=True)

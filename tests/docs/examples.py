@@ -295,7 +295,26 @@ _RETURNS = (
     ("dynamic memory of a step", "memory_share", ".0%"),
     ("MACs of a step", "macs_share", ".0%"),
 )
+_FEDERATED = (
+    ("method", "method", ""),
+    ("rounds", "rounds", ",d"),
+    ("shared", "shared", ",d"),
+    ("local", "local", ",d"),
+    ("RAM, bytes", "ram", ",d"),
+    ("quality", "quality", ""),
+    ("deviation", "deviation", ""),
+    ("MB in all", "megabytes", ""),
+    ("of these up", "up_share", ".0%"),
+    ("J, modelled", "joules", ""),
+    ("target reached", "reached", ""),
+    ("MB to it", "to_target", ""),
+    ("of TinyReptile's MB", "ratio", ""),
+    ("FedAvg's MB to it, times", "of_fedavg", ""),
+)
 TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "federated_sines": _FEDERATED,
+    "federated_characters": _FEDERATED,
+    "federated_words": _FEDERATED,
     "host_step": (
         ("net", "net", ""),
         ("update", "update", ""),
@@ -406,6 +425,8 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "sines": (
         ("rule", "rule", ""),
+        ("seeds", "seeds", ""),
+        ("updates", "updates", ","),
         *((f"after {k}", f"after {k}", "") for k in (0, 1, 2, 5, 10)),
     ),
     "maml_speed": (*_SPEED, ("apart", "apart", ".0e")),
