@@ -275,17 +275,19 @@ def table(args: argparse.Namespace) -> None:
         row = trained(result) | costs(SETTINGS[result["setting"]], path.parent)
         found[key(row)] = row
     known = {key(r): r for r in rows_of(args.json) if r["rule"] != MEAN}
-    places = [*SETTINGS]
-    rows = sorted({**known, **found}.values(), key=lambda row: places.index(row["setting"]))
-    rows, ratios = compared(rows)
-    for row in rows:
+    every, places = {**known, **found}.values(), [*SETTINGS]
+    every = sorted(every, key=lambda row: (places.index(row["setting"]), -row["updates"]))
+    parts = ablation_set()
+    ablation = [row for row in every if row["rule"] in parts]
+    rows, ratios = compared([row for row in every if row["rule"] not in parts])
+    for row in [*rows, *ablation]:
         print(f"{row['setting']:18} {row['rule']:22} {row['seed']}  "
               f"{100 * row['accuracy']:6.2f} ± {100 * row['interval']:.2f} %  "
               f"{row['peak_kb']:8.1f} KiB (measured {row['measured_peak_kb']:8.1f})  "
               f"{row['gmacs']:.4f} GMACs  {row.get('steps', '')}")  # fmt: skip
     for row in ratios:
         print(row)
-    show(args, {"rows": rows, "ratios": ratios})
+    show(args, {"rows": rows, "ratios": ratios, "ablation": ablation})
 
 
 def show(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -308,7 +310,8 @@ def key(row: dict[str, Any]) -> tuple[str, str, Any]:
 
 def rows_of(path: Path | None) -> list[dict[str, Any]]:
     """Those of an earlier table."""
-    return json.loads(path.read_text())["rows"] if path and path.exists() else []
+    made = json.loads(path.read_text()) if path and path.exists() else {}
+    return [*made.get("rows", ()), *made.get("ablation", ())]
 
 
 def trained(result: dict[str, Any]) -> dict[str, Any]:
@@ -347,11 +350,11 @@ def priced(c: AdaptationCost) -> dict[str, Any]:
 
 
 def compared(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows with the mean of MAML, ANIL, BOIL and MAML++ in each setting that has them all, how
-    many times as much as each p-Meta that mean is)."""
+    """(rows with the mean of MAML, ANIL, BOIL and MAML++ in each setting that has them all, after
+    as many updates, how many times as much as each p-Meta that mean is)."""
     made, ratios = [], []
-    for setting in dict.fromkeys(row["setting"] for row in rows):
-        group = [r for r in rows if r["setting"] == setting]
+    for setting, updates in dict.fromkeys((row["setting"], row["updates"]) for row in rows):
+        group = [r for r in rows if (r["setting"], r["updates"]) == (setting, updates)]
         made += group
         four = [r for r in group if r["rule"] in FOUR]
         if len({r["rule"] for r in four}) < 4:
@@ -359,7 +362,7 @@ def compared(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dic
         keys = [k for k, v in four[0].items() if isinstance(v, float)]
         mean = {k: float(np.mean([r[k] for r in four])) for k in keys}
         best = max(four, key=lambda r: r["accuracy"])
-        made.append({"setting": setting, "rule": MEAN, "seed": "-", **mean,
+        made.append({"setting": setting, "rule": MEAN, "seed": "-", "updates": updates, **mean,
                      "best": best["accuracy"]})  # fmt: skip
         for row in (r for r in group if r["rule"].startswith("p-Meta")):
             times = {k: mean[k] / row[k] for k in keys if k.endswith(("_kb", "gmacs")) and row[k]}

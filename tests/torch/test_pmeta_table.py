@@ -52,11 +52,11 @@ def test_rows_of_another_machine_stay_and_own_ones_are_renewed(pmeta, monkeypatc
     assert first["ratios"] == []
 
     training(tmp_path / "here", "MAML++", 0.7)
-    training(tmp_path / "here", "p-Meta", 0.6, epochs=5)
+    training(tmp_path / "here", "p-Meta", 0.6)
     made = tabled(pmeta, monkeypatch, tmp_path / "here", file, 2.0)
     rows = {r["rule"]: r for r in made["rows"]}
     assert rows["MAML"] == next(r for r in first["rows"] if r["rule"] == "MAML")
-    assert rows["p-Meta"]["accuracy"] == 0.6 and rows["p-Meta"]["updates"] == 500
+    assert rows["p-Meta"]["accuracy"] == 0.6 and rows["p-Meta"]["updates"] == 300
     mean = rows["mean of four"]
     assert mean["accuracy"] == pytest.approx((3 * 0.9 + 0.7) / 4)
     assert mean["peak_kb"] == pytest.approx((3 * 8.0 + 2.0) / 4)
@@ -66,6 +66,23 @@ def test_rows_of_another_machine_stay_and_own_ones_are_renewed(pmeta, monkeypatc
 
     again = tabled(pmeta, monkeypatch, tmp_path / "nowhere", file, 0.0)
     assert again["rows"] == made["rows"]
+
+
+def test_ablations_have_a_table_of_their_own(pmeta, monkeypatch, tmp_path):
+    file = tmp_path / "pmeta.json"
+    training(tmp_path / "there", "layers only", 0.8, epochs=1)
+    made = tabled(pmeta, monkeypatch, tmp_path / "there", file, 1.0)
+    assert made["rows"] == [] and made["ablation"][0]["updates"] == 100
+    again = tabled(pmeta, monkeypatch, tmp_path / "nowhere", file, 1.0)
+    assert again["ablation"] == made["ablation"]
+
+
+def test_only_as_many_updates_are_compared(pmeta, monkeypatch, tmp_path):
+    for rule in ("MAML", "ANIL", "BOIL", "MAML++"):
+        training(tmp_path / "out", rule, 0.9, epochs=3)
+    training(tmp_path / "out", "p-Meta", 0.5, epochs=1)
+    made = tabled(pmeta, monkeypatch, tmp_path / "out", tmp_path / "pmeta.json", 1.0)
+    assert made["ratios"] == []
 
 
 def test_a_table_of_nothing_is_empty(pmeta, monkeypatch, tmp_path):
