@@ -115,6 +115,22 @@ def test_differential_privacy_refuses_what_it_does_not_cover() -> None:
         in_one_process(settings(judge_every=0, dp_noise=1.0))
 
 
+@pytest.mark.slow
+def test_a_client_on_a_board_learns_what_one_in_pytorch_does() -> None:
+    few = {"rule": "tinymetafed", "clients": 2, "newcomers": 0, "judge_every": 0, "rounds": 2}
+    here = in_one_process(settings(**few))
+    there = in_one_process(settings(**few, learner="board", link="host"))
+    assert [r.used for r in there.rounds] == [r.used for r in here.rounds]
+    assert all(len(r.used) == 1 for r in there.rounds)
+    np.testing.assert_allclose(there.server.theta, here.server.theta, atol=1e-5)
+
+
+def test_a_board_needs_a_link() -> None:
+    found = in_one_process(settings(learner="board", newcomers=0, judge_every=0, rounds=1))
+    assert all("without a link" in why for why in found.rounds[0].failed.values())
+    assert len(found.rounds[0].failed) == 3
+
+
 def test_the_app_folder_says_what_the_settings_say() -> None:
     file = Path(task.__file__).with_name("pyproject.toml")
     said = tomllib.loads(file.read_text())["tool"]["flwr"]["app"]["config"]

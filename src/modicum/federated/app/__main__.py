@@ -1,4 +1,4 @@
-"""A run of the app on one machine, on any of three engines."""
+"""A run of the app on one machine, on any of three engines; or the firmware of a client of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from modicum.errors import ModicumError
-from modicum.federated.app.task import Settings, open_site, run, strategy_of
+from modicum.errors import ModicumError, UsageError
+from modicum.federated.app.task import Settings, firmware_of, open_site, run, strategy_of
 from modicum.federated.client_app import client_app
 from modicum.federated.flower import quiet
 from modicum.federated.strategy import HISTORY, Federate
@@ -64,8 +64,17 @@ def deployment(settings: Settings) -> None:
         print((out / HISTORY).read_text(), end="")
 
 
+def firmware(settings: Settings) -> None:
+    """No run: the C of a client on a board goes into the folder --out."""
+    if not settings.out:
+        raise UsageError("the firmware goes into --out")
+    folder = firmware_of(settings, settings.out)
+    print(f"{folder}: make link-m4f, or with a port of your own (docs/board-link.md)")
+
+
 ENGINES: Mapping[str, Callable[[Settings], None]] = {
     "process": in_process, "simulation": simulation, "deployment": deployment,
+    "firmware": firmware,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from torch import nn
 
 import modicum
+from modicum.emit import emit
 from modicum.errors import InvalidInput, UsageError
 from modicum.federated.app.privacy import Noisy
 from modicum.federated.cases import CASES, Case, rule_for
@@ -38,7 +39,10 @@ from modicum.federated.strategy import Federate, run_rounds
 from modicum.graph import Frozen
 from modicum.lower import Loss
 from modicum.plan import Plan
+from modicum.run import MACHINES
 
+EMULATED = ("host", *MACHINES)
+"""Boards that need no board: their firmware as a program of this machine, or under QEMU."""
 NODE = ("learner", "link", "data", "cache", "board")
 """What a node can have otherwise than the run: clients differ in what they are."""
 
@@ -69,7 +73,11 @@ class Settings(Frozen):
     learner: Literal["torch", "native", "board"] = Field(
         "torch", description="what a client trains with: PyTorch, the emitted C, or a board"
     )
-    link: str = Field("", description="where a client's board is: /dev/ttyACM0, or host:port")
+    link: str = Field(
+        "",
+        description="where a client's board is: /dev/ttyACM0, host:port, or emulated: "
+        + ", ".join(EMULATED),
+    )
     board: str = Field("", description="a board that the plan has to fit")
     dp_noise: float = Field(0.0, ge=0, description="differential privacy: noise, by dp-clip")
     dp_clip: float = Field(0.0, ge=0, description="the norm of a client's change at most, 0: off")
@@ -152,7 +160,7 @@ def _site(settings: Settings, new: bool) -> Site:
     model = _model(settings)
     plans = _plans(settings, model, shots_in_all(whole, shots))
     if settings.learner == "board":
-        training = deployment = _board(settings, plans[new], rule)
+        training = deployment = _board(settings, model, plans[new], rule)
     else:
         training, deployment = (
             cast(Learner, _Late(partial(_learner, settings, model, plan, rule))) for plan in plans
@@ -161,6 +169,26 @@ def _site(settings: Settings, new: bool) -> Site:
         rule, Fewer(whole, settings.clients, settings.newcomers), training, deployment, shots,
         settings.tests, settings.tasks, settings.seed,
     )  # fmt: skip
+
+
+def firmware_of(settings: Settings, folder: str | Path) -> Path:
+    """Write the C of a client that takes part in rounds, to be built and flashed: see `Emulated`.
+
+    It is that of these settings: another rule, case or seed is another firmware.
+    """
+    case, rule = _case_and_rule(settings)
+    model = _model(settings)
+    plan, _ = _plans(settings, model, settings.shots or case.shots)
+    return firmware(model, plan, rule, Path(folder))
+
+
+def firmware(model: nn.Module, plan: Plan, rule: FederatedRule, folder: Path) -> Path:
+    """An emitted folder whose firmware keeps the local parameters of a rule to itself."""
+    from modicum.federated.board import keep_private
+
+    emit(model, plan, folder)
+    keep_private(folder, rule.local)
+    return folder
 
 
 def rule_of(text: str, case: Case) -> FederatedRule:
@@ -252,15 +280,22 @@ def _learner(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRu
         return make_learner(model, plan, rule, kind, settings.place)
 
 
-def _board(settings: Settings, plan: Plan, rule: FederatedRule) -> Learner:
-    """The board of this node, on a serial device or a socket."""
-    from modicum.federated.board import BoardLearner
+def _board(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRule) -> Learner:
+    """The board of this node, on a serial device or a socket; or one that is emulated."""
+    from modicum.federated.board import BoardLearner, Emulated
     from modicum.federated.link import Link, Serial, Socket
 
     if not settings.link:
         raise UsageError(
-            "there is no board without a link", hint='node config: link="/dev/ttyACM0" or host:port'
+            "there is no board without a link",
+            hint='link="/dev/ttyACM0", or host:port; emulated: ' + ", ".join(EMULATED),
         )
+    if settings.link in EMULATED:
+        folder = settings.place / f"link-{plan.hash[:16]}-{settings.seed}"
+        with _alone(settings.place):
+            if not folder.exists():
+                firmware(model, plan, rule, folder)
+            return BoardLearner(Emulated(folder, settings.link, rule.local).link, plan, rule.local)
     device = settings.link.startswith("/dev/")
     line = Serial(settings.link) if device else Socket(settings.link)
     return BoardLearner(Link(line), plan, rule.local)
