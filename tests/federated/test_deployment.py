@@ -68,8 +68,9 @@ def test_a_certificate_is_for_its_hosts_and_keys_are_private(tmp_path: Path) -> 
     ca = make_certificates(tmp_path, ["192.168.1.10", "pc.local"])
     server = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes())
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["pc.local"]
-    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["192.168.1.10"]
+    assert names.get_values_for_type(x509.DNSName) == ["pc.local", "localhost"]
+    addresses = [str(ip) for ip in names.get_values_for_type(x509.IPAddress)]
+    assert addresses == ["192.168.1.10", "127.0.0.1"]  # the server's own processes use the latter
     context = ssl.create_default_context(cafile=str(ca))
     context.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
     assert stat.S_IMODE((tmp_path / "server.key").stat().st_mode) == 0o600

@@ -27,9 +27,10 @@ CA, CERTIFICATE, KEY = "ca.pem", "server.pem", "server.key"
 def make_certificates(folder: str | Path, hosts: Sequence[str], days: int = 825) -> Path:
     """Write ``ca.pem``, which nodes trust, and ``server.pem`` and ``server.key``; returns ca.pem.
 
-    `hosts` are the names and addresses by which nodes reach the server.  The authority's own key
-    is forgotten: for another certificate there is another authority.  Raises UsageError for a
-    folder that has one, since its nodes would no longer be able to connect.
+    `hosts` are the names and addresses by which nodes reach the server; its own processes reach it
+    by the loopback interface, which is added.  The authority's own key is forgotten: for another
+    certificate there is another authority.  Raises UsageError for a folder that has one, since its
+    nodes would no longer be able to connect.
     """
     place = Path(folder)
     if not hosts:
@@ -40,7 +41,8 @@ def make_certificates(folder: str | Path, hosts: Sequence[str], days: int = 825)
     authority_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     authority = _name("modicum federation")
     ca = _certificate(authority, authority, authority_key, authority_key, days, hosts=None)
-    server = _certificate(_name(hosts[0]), authority, server_key, authority_key, days, hosts=hosts)
+    names = list(dict.fromkeys([*hosts, "localhost", "127.0.0.1"]))
+    server = _certificate(_name(hosts[0]), authority, server_key, authority_key, days, hosts=names)
     _write(place / KEY, _pem(server_key), private=True)
     _write(place / CERTIFICATE, server.public_bytes(Encoding.PEM))
     _write(place / CA, ca.public_bytes(Encoding.PEM))
