@@ -227,6 +227,10 @@ class Tuned(nn.Module):
 
     def _streamed(self, x: Tensor, chunk: int) -> dict[str, Tensor]:
         """What the frozen layers hand to the others, or the output if all are frozen."""
+        if chunk < 1:
+            raise UsageError(
+                f"frozen layers cannot take {chunk} samples at a time", hint="1, or None"
+            )
         way, source = self._way, self._graph.input
         key = (self.plan.pattern_of(self.inner_step), len(x), chunk, self.training)
         if key not in self._streams:

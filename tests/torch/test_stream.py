@@ -10,6 +10,7 @@ from torch import nn
 
 from modicum.apply import _Moments, apply
 from modicum.capture import capture
+from modicum.errors import UsageError
 from modicum.live import LiveBytes
 from modicum.meta import ANIL, MAML, PMeta, adaptation_cost, method_of
 from modicum.models import Conv4, ResNet12
@@ -104,6 +105,14 @@ def test_another_inner_step_freezes_other_layers():
     for k in (0, 1):
         tuned.inner_step = other.inner_step = k
         assert torch.allclose(tuned(x), other(x), atol=1e-5)
+
+
+def test_no_sample_at_a_time_is_refused():
+    net, made = planned(RULES["p-meta"])
+    tuned = apply(net, made)
+    tuned.chunk = 0
+    with pytest.raises(UsageError, match="0 samples"):
+        tuned(torch.randn(SAMPLES, 1, 16, 16))
 
 
 def test_less_is_held_and_the_plan_says_how_much():
