@@ -1,7 +1,7 @@
 """Federated meta-learning: quality of new clients against rounds, bytes and modelled energy.
 
     python benchmarks/federated.py study --case sines --seeds 5
-    python benchmarks/federated.py table --json benchmarks/results/federated.json
+    python benchmarks/federated.py table --case sines --json FILE --picture FILE.svg
     python benchmarks/federated.py clients --json FILE      # in C, two on emulated boards
     python benchmarks/federated.py faults --json FILE       # failures, lies, kills
 
@@ -246,35 +246,32 @@ def record(args: argparse.Namespace, case: str, label: str, seed: int) -> Path:
 
 
 def table(args: argparse.Namespace) -> None:
-    """A row for each use case and method, and a picture for each use case."""
-    made: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
-    rows = {(r["case"], r["method"]): r for r in made.get("rows", [])}
-    for case, setting in SETTINGS.items():
-        if args.case and case != args.case:
-            continue
-        found = {label: records(args, case, label) for label in setting.rules}
-        found = {label: runs for label, runs in found.items() if runs}
-        if "TinyReptile" not in found:
-            continue
-        for label, runs in found.items():
-            rows[case, label] = row(case, label, runs, found)
-        energy = {label: joules(args, case, setting.rules[label]) for label in found}
-        curves = {label: points_of(runs, energy[label]) for label, runs in found.items()}
-        lower = "mean squared error" if CASES[case].loss == "mse" else "accuracy"
-        title = f"{case}: new clients after {setting.shots} shots"
-        main = {k: v for k, v in curves.items() if k not in OTHERS}
-        for name, some in (("", main), ("_ablation", ablation(curves))):
-            save_curves(args.json.with_name(f"federated_{case}{name}.svg"), some, lower, title)
-        for label in found:
-            rows[case, label]["joules"] = energy[label][0]
+    """A row for each method of a use case, and pictures beside --picture."""
+    setting = SETTINGS[args.case]
+    found = {label: records(args, args.case, label) for label in setting.rules}
+    found = {label: runs for label, runs in found.items() if runs}
+    energy = {label: joules(args, args.case, setting.rules[label]) for label in found}
+    rows = [row(label, runs, found, energy[label]) for label, runs in found.items()]
+    targets = [tail(r)[0] for r in found["TinyReptile"]]
     made = {
-        "command": f"python benchmarks/federated.py table --json {args.json.name}",
+        "command": f"python benchmarks/federated.py table --case {args.case} "
+        f"--json {args.json.name}",
         "python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(),
-        "rows": list(rows.values()),
+        "rounds": setting.rounds, "shots": setting.shots, "target": str(Mean(targets)),
+        "rows": rows,
     }  # fmt: skip
     args.json.write_text(json.dumps(made, indent=1) + "\n")
-    for r in made["rows"]:
+    for r in rows:
         print("  ".join(f"{k} {v}" for k, v in r.items() if not isinstance(v, list)))
+    if args.picture:
+        curves = {label: points_of(runs, energy[label]) for label, runs in found.items()}
+        main_ = {k: v for k, v in curves.items() if k not in OTHERS}
+        parts = {k: v for k, v in curves.items() if k in ("TinyMetaFed", *OTHERS)}
+        name = "mean squared error" if CASES[args.case].loss == "mse" else "accuracy"
+        title = f"{args.case}: new clients after {setting.shots} shots, {len(targets)} seeds"
+        save_curves(args.picture, main_, name, title)
+        other = args.picture.with_name(f"{args.picture.stem}_parts{args.picture.suffix}")
+        save_curves(other, parts, name, title)
 
 
 def records(args: argparse.Namespace, case: str, label: str) -> list[dict[str, Any]]:
@@ -282,34 +279,56 @@ def records(args: argparse.Namespace, case: str, label: str) -> list[dict[str, A
     return [json.loads(p.read_text()) for p in paths if p.exists()]
 
 
-def ablation(curves: dict[str, list[Points]]) -> dict[str, list[Points]]:
-    return {k: v for k, v in curves.items() if k in ("TinyReptile", "TinyMetaFed", *OTHERS)}
-
-
 def row(
-    case: str, label: str, runs: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
-    """The last quality, its spread over the last quarter, and bytes to TinyReptile's last quality.
+    label: str, runs: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]],
+    energy: tuple[float, Energy],
+) -> dict[str, Any]:  # fmt: skip
+    """The quality over the last quarter of the judged rounds and its deviation there, and bytes to
+    TinyReptile's.
 
-    The target of a seed is TinyReptile's mean over the last quarter of its judged rounds; it is
-    reached in the first judged round from which on the mean of three is as good.
+    The target of a seed is TinyReptile's mean over its last quarter; it is reached in the first
+    judged round from which on the mean of three is as good.  `ratio` is of the bytes to the target
+    to TinyReptile's own bytes in all, `of_fedavg` to FedAvg's bytes to the target, seed by seed.
     """
     targets = {r["seed"]: tail(r)[0] for r in found["TinyReptile"]}
-    reach = [reached(r, targets[r["seed"]]) for r in runs if r["seed"] in targets]
-    got = [b for b in reach if b is not None]
-    spread = [tail(r)[1] for r in runs]
-    last = [tail(r)[0] for r in runs]
+    whole = {r["seed"]: r["down"] + r["up"] for r in found["TinyReptile"]}
+    average = {r["seed"]: reached(r, targets[r["seed"]])
+               for r in found.get("FedAvg + fine-tuning", [])}  # fmt: skip
+    to = {r["seed"]: reached(r, targets[r["seed"]]) for r in runs if r["seed"] in targets}
+    got = {seed: b for seed, b in to.items() if b is not None}
+    each, model = energy
+    total = [r["down"] + r["up"] for r in runs]
+    fewer = [a / got[s] for s in got if (a := average.get(s)) is not None]
     return {
-        "case": case, "method": label, "seeds": len(runs), "shared": runs[0]["shared"],
-        "local": runs[0]["local"], "ram": runs[0]["ram"], "quality": mean(last),
-        "before": mean([r["judgements"][-1]["before"] for r in runs]),
-        "deviation": mean(spread), "megabytes": mean([(r["down"] + r["up"]) / 1e6 for r in runs]),
-        "up_share": sum(r["up"] for r in runs) / sum(r["down"] + r["up"] for r in runs),
-        "to_target": mean([b / 1e6 for b in got]) if got else None,
-        "reached": f"{len(got)} of {len(reach)}",
-        "target_bytes": [b / 1e6 if b is not None else None for b in reach],
-        "qualities": last, "deviations": spread, "seconds": mean([r["seconds"] for r in runs]),
+        "method": label, "seeds": len(runs), "rounds": runs[0]["judgements"][-1]["round"],
+        "shared": runs[0]["shared"], "local": runs[0]["local"], "ram": runs[0]["ram"],
+        "quality": str(Mean([tail(r)[0] for r in runs])),
+        "deviation": str(Mean([tail(r)[1] for r in runs])),
+        "megabytes": str(Mean([b / 1e6 for b in total], 2)),
+        "up_share": sum(r["up"] for r in runs) / sum(total),
+        "joules": str(Mean([r["asked"] * each + model.radio(b)
+                            for r, b in zip(runs, total, strict=True)], 2)),
+        "reached": f"{len(got)} of {len(to)}",
+        "to_target": str(Mean([b / 1e6 for b in got.values()], 2)) if got else None,
+        "ratio": str(Mean([b / whole[s] for s, b in got.items()], 2)) if got else None,
+        "of_fedavg": str(Mean(fewer, 1)) if fewer else None,
+        "qualities": [tail(r)[0] for r in runs], "deviations": [tail(r)[1] for r in runs],
+        "bytes_to_target": list(to.values()), "failed": sum(r["failed"] for r in runs),
+        "seconds": statistics.fmean(r["seconds"] for r in runs),
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean and half of its 95 % interval, as text."""
+
+    values: list[float]
+    digits: int = 3
+
+    def __str__(self) -> str:
+        half = interval(self.values)
+        text = f"{statistics.fmean(self.values):.{self.digits}f}"
+        return text if half is None else f"{text} ± {half:.{self.digits}f}"
 
 
 def tail(run: dict[str, Any]) -> tuple[float, float]:
@@ -327,10 +346,6 @@ def reached(run: dict[str, Any], target: float) -> int | None:
         if better(statistics.fmean(window)):
             return int(judged[i]["bytes"])
     return None
-
-
-def mean(values: list[float]) -> dict[str, float | None]:
-    return {"mean": statistics.fmean(values), "half": interval(values)}
 
 
 def points_of(runs: list[dict[str, Any]], energy: tuple[float, Energy]) -> list[Points]:
@@ -462,8 +477,8 @@ def faults(args: argparse.Namespace) -> None:
     result = {
         "command": f"python benchmarks/federated.py faults --seeds {args.seeds} "
         f"--json {args.json.name}",
-        "rows": rows, **{k: mean(v) for k, v in ends.items()},
-        "difference": mean([b - a for a, b in zip(*ends.values(), strict=True)]),
+        "rows": rows, **{k: str(Mean(v)) for k, v in ends.items()},
+        "difference": str(Mean([b - a for a, b in zip(*ends.values(), strict=True)])),
     }  # fmt: skip
     args.json.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -547,6 +562,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=CACHE)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
     parser.add_argument("--what", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
