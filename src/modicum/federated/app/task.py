@@ -262,9 +262,10 @@ def _model(settings: Settings) -> nn.Module:
 def _plans(settings: Settings, model: nn.Module, shots: int) -> tuple[Plan, Plan]:
     """Those of a round, and of a new client with so many samples, made once for all processes."""
     case, rule = _case_and_rule(settings)
-    inputs = (settings.case, rule.model_dump(mode="json"), shots, settings.board)
+    inputs = (settings.case, rule.model_dump(mode="json"), shots, settings.board, _code())
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     with _alone(settings.place):
-        files = [settings.place / f"plan-{_key(inputs)}-{of}.json" for of in ("round", "new")]
+        files = [settings.place / f"plan-{key}-{of}.json" for of in ("round", "new")]
         if all(file.exists() for file in files):
             return Plan.load(files[0]), Plan.load(files[1])
         example = torch.zeros(1, *case.input)
@@ -277,7 +278,7 @@ def _plans(settings: Settings, model: nn.Module, shots: int) -> tuple[Plan, Plan
 def _learner(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRule) -> Learner:
     kind: Literal["torch", "native"] = "native" if settings.learner == "native" else "torch"
     with _alone(settings.place):  # processes that start together would build the same folder
-        return make_learner(model, plan, rule, kind, settings.place)
+        return make_learner(model, plan, rule, kind, settings.place / f"c-{_code()}")
 
 
 def _board(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRule) -> Learner:
@@ -291,7 +292,7 @@ def _board(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRule
             hint='link="/dev/ttyACM0", or host:port; emulated: ' + ", ".join(EMULATED),
         )
     if settings.link in EMULATED:
-        folder = settings.place / f"link-{plan.hash[:16]}-{settings.seed}"
+        folder = settings.place / f"c-{_code()}" / f"link-{plan.hash[:16]}-{settings.seed}"
         with _alone(settings.place):
             if not folder.exists():
                 firmware(model, plan, rule, folder)
@@ -301,15 +302,16 @@ def _board(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRule
     return BoardLearner(Link(line), plan, rule.local)
 
 
-def _key(inputs: object) -> str:
-    """Of what is made from `inputs` by this very code: a new version makes it anew."""
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """Of what was made by this very code: a new version makes it anew."""
     root = Path(modicum.__file__).parent
-    code = [
+    found = [
         (str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(root.rglob("*.py"))
+        for file in sorted(root.rglob("*"))
+        if file.is_file() and file.suffix != ".pyc"
     ]
-    text = json.dumps([inputs, code, torch.__version__], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([found, torch.__version__]).encode()).hexdigest()[:12]
 
 
 @contextmanager

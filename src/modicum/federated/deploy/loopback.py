@@ -127,10 +127,8 @@ class Loopback:
                 if found["status"] == "finished:completed":
                     return
                 if found["status"].startswith("finished"):
-                    raise ModicumError(
-                        f"the run ended as {found['status']}", why=found["status-details"],
-                        where=str(self.server.log),
-                    )  # fmt: skip
+                    why = found["status-details"]
+                    raise ModicumError(f"the run ended as {found['status']}", why=why)
             time.sleep(0.2)
         raise ModicumError(f"the run is not over after {timeout:g} s", where=str(self.server.log))
 
