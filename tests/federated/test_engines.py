@@ -107,6 +107,7 @@ def test_differential_privacy_refuses_what_it_does_not_cover() -> None:
     for rule, why in (
         ("tinymetafed", "sent whole"),
         ("fedavg", "known beforehand"),  # weighs by samples, as clients claim them
+        ('{"kind": "reptile", "batch": 1, "outer": {"start": 2}}', "up to 1"),
     ):
         chosen = settings(**{**PRIVATE, "rule": rule})
         with pytest.raises(UsageError, match=why):

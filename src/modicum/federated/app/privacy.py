@@ -39,6 +39,9 @@ class Noisy(DifferentialPrivacyServerSideFixedClipping):
         if rule.weighting != "clients":
             raise UsageError("a client's share in the mean has to be known beforehand",
                              hint='a rule with weighting="clients"')  # fmt: skip
+        if max(rule.outer.start, rule.outer.end) > 1:
+            why = f"outer goes from {rule.outer.start:g} to {rule.outer.end:g}"
+            raise UsageError("the noise is for steps of the server up to 1", why=why)
         if noise < 0 or not 0 < clip < np.inf:
             raise UsageError(f"noise {noise:g} and clip {clip:g}", why="noise >= 0, clip > 0")
         super().__init__(strategy, noise, clip, rule.clients)
