@@ -103,11 +103,13 @@ class Setting:
 
 def rules(
     local: tuple[str, ...], rate: float, rate_local: float, support: int, query: int,
-    tune: int, reconstruct: int, top: float, batch_rate: float, clients: int, start: float,
+    tune: int, reconstruct: int, top: float, batch_rate: float, recon_rate: float, clients: int,
+    start: float,
 ) -> dict[str, FederatedRule]:  # fmt: skip
     """The methods of a use case: all see `support + query` samples in a client's round.
 
-    Methods in batches take two passes over them, with a rate of their own.
+    Methods in batches take two passes over them, with a rate of their own, and another one where
+    they reconstruct.
     """
     samples = support + query
     annealed = Outer(start=start, end=0.0)
@@ -125,7 +127,7 @@ def rules(
         ),
         "TinyReptile": TinyReptile(rate=rate, query=samples, outer=annealed, **whole),
         "FedRecon": FedRecon(
-            local=local, rate=batch_rate, rate_local=batch_rate, support=support, query=query,
+            local=local, rate=recon_rate, rate_local=recon_rate, support=support, query=query,
             batch=BATCH, passes=2, clients=clients, reconstruct=reconstruct, tune=tune,
         ),
         "TinyMetaFed": meta,
@@ -134,7 +136,7 @@ def rules(
         ),
         "no Top-P": meta.model_copy(update={"top": 1.0}),
         "batches": meta.model_copy(
-            update={"batch": BATCH, "passes": 2, "rate": batch_rate, "rate_local": batch_rate}
+            update={"batch": BATCH, "passes": 2, "rate": recon_rate, "rate_local": recon_rate}
         ),
         "no annealing": meta.model_copy(update={"outer": Outer(start=start / 2, end=start / 2)}),
         "8 bits, feedback (ours)": meta.model_copy(update={"values": "int8", "feedback": True}),
@@ -148,24 +150,24 @@ def shared(case: str, seed: int) -> Population:
 
 SETTINGS: dict[str, Setting] = {
     "sines": Setting(
-        800, 2.5, 10, 50, 1, lambda seed: SineClients(50, 40, seed),
+        800, 3.5, 10, 50, 1, lambda seed: SineClients(50, 40, seed),
         rules(
-            local=("layers.4.*",), rate=0.005, rate_local=0.01, support=16, query=32, tune=7,
-            reconstruct=1, top=0.1, batch_rate=0.02, clients=5, start=1.0,
+            local=("layers.4.*",), rate=0.005, rate_local=0.005, support=16, query=32, tune=7,
+            reconstruct=1, top=0.05, batch_rate=0.02, recon_rate=0.01, clients=5, start=1.0,
         ),
     ),
     "characters": Setting(
         240, 2.5, 5, 50, 4, lambda seed: shared("characters", seed),
         rules(
             local=("head.*",), rate=0.02, rate_local=0.02, support=20, query=40, tune=3,
-            reconstruct=1, top=0.1, batch_rate=0.05, clients=4, start=0.5,
+            reconstruct=1, top=0.1, batch_rate=0.05, recon_rate=0.05, clients=4, start=0.5,
         ),
     ),
     "words": Setting(
         300, 2.5, 5, 50, 2, lambda seed: shared("words", seed),
         rules(
             local=("*.bias",), rate=0.02, rate_local=0.01, support=16, query=32, tune=3,
-            reconstruct=1, top=0.2, batch_rate=0.05, clients=4, start=1.0,
+            reconstruct=1, top=0.2, batch_rate=0.05, recon_rate=0.05, clients=4, start=1.0,
         ),
     ),
 }  # fmt: skip
@@ -398,7 +400,8 @@ def joules(args: argparse.Namespace, case: str, rule: FederatedRule) -> tuple[fl
 def clients(args: argparse.Namespace) -> None:
     """20 rounds of sines: four clients in the shared library, two on emulated Cortex-M4F; the same
     with all of them in PyTorch."""
-    rule = SETTINGS["sines"].rules["TinyMetaFed"].model_copy(update={"clients": 6, "batch": 1})
+    quiet()
+    rule = SETTINGS["sines"].rules["TinyMetaFed"].model_copy(update={"clients": 6})
     setting = SETTINGS["sines"]
     population = SineClients(6, 2, 0)
     net = network("sines", 0)
@@ -423,7 +426,7 @@ def clients(args: argparse.Namespace) -> None:
         "rounds": len(a), "clients": 6, "largest_difference": float(np.abs(a - b).max()),
         "bytes_alike": made["PyTorch"]["bytes"] == made["C and boards"]["bytes"],
         "ram": [f.ram for f in figures], "ram_limit": board(BOARD).ram,
-        "instructions_a_sample": [f.instructions for f in figures],
+        "instructions_a_sample": [f.learn for f in figures],
         "losses": {"C and boards": a.tolist(), "PyTorch": b.tolist()},
         "judged": {n: made[n]["judged"] for n in made},
         "seconds": {n: made[n]["seconds"] for n in made},
