@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from federated.lines import make_net
 import modicum as mo
 from modicum.federated.learner import NativeLearner
 from modicum.federated.torch_learner import TorchLearner
+
+if importlib.util.find_spec("flwr") is None:  # it needs Python 3.11
+    collect_ignore = [
+        "test_command.py", "test_deployment.py", "test_engines.py", "test_federation.py",
+    ]  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,9 +38,7 @@ def learners(tmp_path_factory):
     def learner(kind, rule, shots=None):
         net = make_net()
         graph = mo.capture(net, torch.zeros(1, 2))
-        method, optimizer = (
-            rule.training(graph) if shots is None else rule.deployment(graph, shots)
-        )
+        method, optimizer = rule.training(graph) if shots is None else rule.deployment(graph, shots)
         plan = mo.plan(graph, "nano33ble", method, optimizer, loss="mse", accumulate=rule.batch)
         if kind == "torch":
             return TorchLearner(net, plan, rule.local)
