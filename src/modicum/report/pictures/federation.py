@@ -78,7 +78,12 @@ def _panel(
         ax.plot(x[start:], curve.quality[start:], color=colour, linewidth=1.3, linestyle=dashed,
                 label=curve.label)  # fmt: skip
     if logarithmic:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
     else:
         ax.set_xlim(left=0)
     ax.tick_params(length=0)
