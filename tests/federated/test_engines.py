@@ -42,7 +42,6 @@ def test_the_simulation_engine_agrees_with_one_process_and_leaves_nothing_runnin
 ) -> None:
     chosen = settings()
     expected = in_one_process(chosen)
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: for ever on a busy machine
     monkeypatch.setenv("MODICUM_TEST", str(tmp_path))
     seen: set[int] = set()
     found = simulate(chosen, cpus=2, on_round=lambda log: seen.update(inheriting(tmp_path)))

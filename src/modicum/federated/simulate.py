@@ -23,6 +23,9 @@ from modicum.federated.strategy import Federate
 OBJECT_STORE = 128 << 20
 """Bytes of shared memory that messages travel through; Ray would take 30 % of the machine's."""
 
+NICE = "RAY_worker_niceness"
+"""15 if nothing is said: then anything else that the machine does stops the workers."""
+
 
 def simulate(
     settings: Settings,
@@ -63,8 +66,10 @@ def simulate(
         run(settings, strategy, grid)
         finished.append(True)
 
-    with _ray_folder() as folder, _as_it_was("PYTHONPATH", "FLWR_HOME"), _stopped():
+    changed = _as_it_was("PYTHONPATH", "FLWR_HOME", NICE)
+    with _ray_folder() as folder, changed, _stopped():
         os.environ["FLWR_HOME"] = folder
+        os.environ.setdefault(NICE, "0")
         quiet(logging.ERROR)  # above its deprecation
         run_simulation(
             server, client_app(partial(_open, settings)),
