@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from modicum.errors import UsageError
-from modicum.meta import MAML, Sines
+from modicum.meta import MAML, PMeta, Sines
 from modicum.meta.batch_norm import batch_norm
 from modicum.meta.inner import gradient_steps
+from modicum.meta.pmeta import PMetaLearner
 from modicum.models import Conv4
 
 EPS = 1e-3
@@ -129,3 +130,48 @@ def test_steps_without_a_graph_around_them_are_those_with_one():
     for name, w in with_graph.items():
         assert w.requires_grad and not without[name].requires_grad
         assert torch.equal(w, without[name]), name
+
+
+def differing(norms: str) -> PMetaLearner:
+    """p-Meta that updates the first layer alone, and then the others: none of them twice."""
+    torch.manual_seed(0)
+    learner = PMeta(steps=2, rate=0.05, norms=norms, channels="none").learner(Conv4(3, 4, 1, 16))
+    learner.allowed[1:, 0] = False
+    learner.allowed[0, 1] = False
+    return learner.double()
+
+
+def a_task() -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(1)
+    x, y = torch.randn(2, 6, 1, 16, 16, dtype=torch.float64), torch.arange(6) % 3
+    return x[0], y, x[1], y
+
+
+@pytest.mark.parametrize("norms", ["batch", "per-step", "frozen"])
+def test_a_step_is_the_same_whether_or_not_it_is_differentiated(norms):
+    """The gradient by a layer that was left alone does not go through what was computed of it."""
+    learner, (x, y, _, _) = differing(norms), a_task()
+    through = learner.train().adapt(x, y, 2)[-1]
+    with torch.no_grad():
+        plain = learner.eval().adapt(x, y, 2)[-1]
+    for name, w in plain.items():
+        assert torch.allclose(through[name], w, atol=1e-12), name
+
+
+@pytest.mark.parametrize("norms", ["batch", "frozen"])
+def test_the_outer_gradient_is_a_finite_difference_where_steps_update_other_layers(norms):
+    learner, task = differing(norms).train(), a_task()
+    loss, _ = learner.task(*task)
+    loss.backward()
+    for name in ("blocks.0.0.weight", "blocks.2.0.weight", "head.weight"):
+        w = dict(learner.net.named_parameters())[name]
+        at = tuple(0 for _ in w.shape)
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                w[at] += step
+                values.append(float(learner.eval().task(*task)[0]))
+                w[at] -= step
+        learner.train()
+        expected = (values[0] - values[1]) / 2e-5
+        assert float(w.grad[at]) == pytest.approx(expected, rel=1e-4, abs=1e-8), name

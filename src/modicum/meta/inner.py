@@ -104,7 +104,12 @@ def _by_autograd(
         return {}, value(at)[1]
     graph = graph and torch.is_grad_enabled()
     with torch.enable_grad():
-        at = {n: w if w.requires_grad else w.detach().requires_grad_() for n, w in at.items()}
+        # each by a name of its own: one that an earlier step left alone may be what others were
+        # computed from, and its gradient is not to go through those
+        at = {
+            n: w.view_as(w) if w.requires_grad else w.detach().requires_grad_()
+            for n, w in at.items()
+        }
         result, beside = value(at)
         found = torch.autograd.grad(
             result, tuple(at.values()), create_graph=graph, allow_unused=True,
