@@ -224,7 +224,9 @@ def test_a_diverging_client_sends_nothing(learners):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_client_reconstructs_then_tunes(learners, kind):
-    rule = METAFED.model_copy(update={"reconstruct": 2, "tune": 3})
+    rule = METAFED.model_copy(
+        update={"reconstruct": 2, "tune": 3, "rate": 0.01, "rate_local": 0.01}
+    )
     learner = learners(kind, rule, shots=5)
     population = Lines()
     shots, tests = population.newcomer(0, 5, 40, np.random.default_rng(0))

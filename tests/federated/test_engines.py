@@ -69,7 +69,7 @@ def test_with_differential_privacy_noise_arrives_and_training_goes_on() -> None:
     moved = np.linalg.norm(clipped.server.theta - start)
     assert 0 < moved <= 3 * 0.05 * 1.001  # three rounds, each at most the clipping norm
     noise = noisy.server.theta - clipped.server.theta
-    expected = np.sqrt(3) * 0.5 * 0.05 / 4
+    expected = np.sqrt(3) * 2 * 0.5 * 0.05 / 4
     assert np.std(noise) == pytest.approx(expected, rel=0.15)
     assert len(noisy.rounds) == 3 and all(r.loss is not None for r in noisy.rounds)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ def take_part(
     losses = []
     for _ in range(rule.passes):
         losses.append(learn_all(learner, samples, rule.query))
-    change = learner.shared() - shared
+    change = layout.check(learner.shared() - shared)
     if rule.feedback and kept.unsent is not None:
         change = change + kept.unsent
     where = largest(change, rule.top)
@@ -115,14 +115,13 @@ def settle(
     """A new client learns from its few samples, by the plan of `rule.deployment`, and is tested.
 
     The local part is reconstructed in `rule.reconstruct` passes over the shots, then all that is
-    trained is tuned in `rule.tune` passes.
+    trained is tuned in `rule.tune` passes; the last update begins another pass where it needs to.
     """
     learner.begin(shared)
     before = judge(learner, tests)
     passes = rule.reconstruct + rule.tune
-    usable = passes * len(shots) // rule.batch * rule.batch  # whole updates
-    endless = (sample for _ in range(passes) for sample in shots)
-    learn_all(learner, endless, usable)
+    updates = math.ceil(passes * len(shots) / rule.batch)
+    learn_all(learner, cycle(shots), updates * rule.batch)
     return Judged(before, judge(learner, tests), len(tests))
 
 

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 class Site:
     """What the client app of a process works with, for all clients that it stands for.
 
-    `training` is the learner of `rule.training`, `deployment` that of `rule.deployment` for
-    `shots`.  A new client is tested on `tests` samples, `tasks` times with other ones.
+    `training` is the learner of `rule.training`, `deployment` that of `rule.deployment` for `few`
+    samples in all: what `shots` (of each class) come to; 0 where any number does.  A new client is
+    tested on `tests` samples, `tasks` times with other ones.
     """
 
     rule: FederatedRule
@@ -49,21 +50,17 @@ class Site:
     tests: int = 50
     tasks: int = 1
     seed: int = 0
+    few: int = 0
 
 
 def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
-    """A Flower client app over a site, which is opened with the first message that needs it.
+    """A Flower client app over sites: `open_site` is asked with each message, and had better
+    remember what it made.
 
     Node k of `partition-id` k is the population's k-th client; those from `population.clients` on
     are the new clients, which never train for others.
     """
     app = ClientApp()
-    opened: list[Site] = []
-
-    def site(context: Context) -> Site:
-        if not opened:
-            opened.append(open_site(context))
-        return opened[0]
 
     @app.query()
     def roll_call(message: Message, context: Context) -> Message:
@@ -72,11 +69,11 @@ def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: _train(site(context), message, context))
+        return _answer(message, lambda: _train(open_site(context), message, context))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: _evaluate(site(context), message, context))
+        return _answer(message, lambda: _evaluate(open_site(context), message, context))
 
     return app
 
@@ -126,6 +123,11 @@ def _evaluate(site: Site, message: Message, context: Context) -> RecordDict:
         # the same tasks whenever it is asked, so that rounds can be compared
         rng = np.random.default_rng([site.seed, client, 0, task])
         shots, tests = site.population.newcomer(which, site.shots, site.tests, rng)
+        if site.few and len(shots) != site.few:
+            raise InvalidInput(
+                f"new client {which} has {len(shots)} samples to learn from",
+                why=f"the plan that it reconstructs its local part by is for {site.few}",
+            )
         judged = settle(site.deployment, site.rule, shared, shots, tests)
         before.append(judged.before)
         after.append(judged.after)

@@ -126,13 +126,14 @@ def federate(
     quiet()
     if population.loss not in ("mse", "cross_entropy"):
         raise UsageError(f"no loss is called {population.loss!r}")
-    plans = client_plans(model, example, rule, population.loss, shots_in_all(population, shots),
-                         board)  # fmt: skip
+    few = shots_in_all(population, shots)
+    plans = client_plans(model, example, rule, population.loss, few, board)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(workspace) if workspace is not None else Path(scratch)
         training, deployment = (make_learner(model, p, rule, learner, place) for p in plans)
         layout = training.layout
-        site = Site(rule, population, training, deployment, shots, tests, tasks, seed)
+        few = few if rule.reconstruct else 0
+        site = Site(rule, population, training, deployment, shots, tests, tasks, seed, few)
         nodes = population.clients + (population.newcomers if judge_every else 0)
         grid = LocalGrid(client_app(lambda context: site), nodes)
         server = Server(rule, layout.model, training.shared(), rounds, seed)

@@ -28,6 +28,8 @@ Array = NDArray[np.float32]
 
 LIMIT = 1e3
 """No honest change of a weight in one round is larger."""
+LONGEST = 200
+"""Characters of a reason that are kept."""
 VERSION = 1
 
 
@@ -57,7 +59,7 @@ class Server:
     """The weights that a federation learns, and what it needs to go on after a crash.
 
     Memory: four vectors of the shared weights' size, and one number for each client that keeps
-    weights; updates are added up as they come.
+    weights; updates are added up one by one (Flower holds the answers of a round until then).
     """
 
     def __init__(
@@ -85,8 +87,8 @@ class Server:
         rng = np.random.default_rng([self.seed, round])
         return sorted(int(c) for c in rng.choice(np.sort(clients), wanted, replace=False))
 
-    def open(self, asked: Sequence[int]) -> dict[int, bytes]:
-        """Begin the next round: what each of these clients is sent.
+    def open(self, asked: Sequence[int], there: Sequence[int] | None = None) -> dict[int, bytes]:
+        """Begin the next round: what each of these clients is sent, if it is `there` (None: all).
 
         A client whose answer does not arrive is sent all weights the next time.
         """
@@ -99,6 +101,9 @@ class Server:
         whole = encode(Message("weights", self.model, round, self.size, self.shown))
         sent = {}
         for client in asked:
+            if there is not None and client not in there:
+                self.fail(client, "not there")
+                continue
             sent[client] = self._download(client, round, whole)
             self.log.bytes_down += len(sent[client])
         return sent
@@ -170,8 +175,11 @@ class Server:
             self.have[client] = log.round
 
     def fail(self, client: int, why: str) -> str:
-        """A client's answer is missing or not to be used."""
-        self._open_log().failed.setdefault(client, why)
+        """A client's answer is missing or not to be used.  What it says is cut and cleaned."""
+        log = self._open_log()
+        why = "".join(c if c.isprintable() else " " for c in why[:LONGEST])
+        if client not in log.used:
+            log.failed.setdefault(client, why)
         return why
 
     def close(self) -> RoundLog:

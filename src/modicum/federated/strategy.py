@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,12 +35,16 @@ ROLL_CALL_S = 120.0
 
 @dataclass(frozen=True)
 class Judgement:
-    """How new clients did after a round: the mean over them, and each by its number."""
+    """How new clients did after a round: the mean over those that answered, each by its number.
+
+    `failed` did not: they are not in the mean.
+    """
 
     round: int
     before: float
     after: float
     each: dict[int, float]
+    failed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "each": {str(k): v for k, v in self.each.items()}}
@@ -90,19 +95,14 @@ class Federate(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """A list: Flower's deployment engine goes through it twice."""
-        if server_round == 1:
-            self._call_roll(grid)
-        theta = arrays["shared"].numpy()
-        if theta.shape != self.server.theta.shape:
-            raise UsageError(f"the initial arrays have shape {theta.shape}", why="another model")
-        self.server.theta = theta.astype(np.float32)  # wrappers may have added noise to it
+        self._call_roll(grid, wait=server_round == 1)
+        self._take_over(arrays)
         self._save()
         number = self._first + server_round
-        taking_part = [c for c in self._nodes if c < self.clients]
-        asked = self.server.choose(number, taking_part)
-        sent = self.server.open(asked)
+        asked = self.server.choose(number, range(self.clients))
+        sent = self.server.open(asked, [c for c in asked if c in self._nodes])
         if self.open_weights and self.server.log is not None:
-            self.server.log.bytes_down = 4 * self.server.size * len(asked)
+            self.server.log.bytes_down = 4 * self.server.size * len(sent)
         weights = ArrayRecord({"shared": Array(self.server.shown)})
         settings = {"round": number, "open": self.open_weights}
         return [
@@ -113,8 +113,15 @@ class Federate(Strategy):
                 }),
                 client, "train", number,
             )
-            for client in asked
+            for client in sent
         ]  # fmt: skip
+
+    def _take_over(self, arrays: ArrayRecord) -> None:
+        """The weights as they are released: wrappers may have added noise to them."""
+        theta = arrays["shared"].numpy()
+        if theta.shape != self.server.theta.shape:
+            raise UsageError(f"the initial arrays have shape {theta.shape}", why="another model")
+        self.server.theta = theta.astype(np.float32)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -134,6 +141,7 @@ class Federate(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
+        self._take_over(arrays)
         number = self._first + server_round
         due = self.judge_every and (number % self.judge_every == 0 or number == self.server.rounds)
         return self.judging(number) if due else []
@@ -172,9 +180,11 @@ class Federate(Strategy):
         if not after:
             return None
         order = sorted(after)
+        asked = sum(c >= self.clients for c in self._nodes)
         made = Judgement(
             number, float(np.mean([before[c] for c in order])),
             float(np.mean([after[c] for c in order])), {c: after[c] for c in order},
+            asked - len(order),
         )  # fmt: skip
         self.judgements.append(made)
         self._append("judged", made.as_dict())
@@ -185,25 +195,31 @@ class Federate(Strategy):
 
     # ---- clients --------------------------------------------------------------------------------
 
-    def _call_roll(self, grid: Grid) -> None:
-        """Learn which node is which client; waits for nodes that are not there yet."""
+    def _call_roll(self, grid: Grid, wait: bool = False) -> None:
+        """Learn which node is which client, of the nodes that are there.
+
+        With `wait`, until all that take part are there, for `wait_s` seconds at most; one has to
+        be.  A number belongs to the node that gave it first, for as long as that node is there.
+        """
         until = time.monotonic() + self.wait_s
-        wanted = min(self.server.rule.clients, self.clients)
         while True:
-            unknown = [n for n in grid.get_node_ids() if n not in self._client]
-            asked = [Message(RecordDict(), n, "query") for n in sorted(unknown)]
+            there = set(grid.get_node_ids())
+            unknown = sorted(n for n in there if n not in self._client)
+            asked = [Message(RecordDict(), n, "query") for n in unknown]
             for reply in grid.send_and_receive(asked, timeout=self.wait_s) if asked else ():
-                if reply.has_content():
-                    client = int(reply.content.config_records["answer"]["client"])
-                    node = reply.metadata.src_node_id
+                client, node = _number(reply), reply.metadata.src_node_id
+                held = self._nodes.get(client)
+                if client >= 0 and (held is None or held not in there):
+                    if held is not None:
+                        del self._client[held]
                     self._nodes[client], self._client[node] = node, client
-            if sum(c < self.clients for c in self._nodes) >= wanted:
+            here = sum(c < self.clients for c in self._nodes)
+            if not wait or here == self.clients:
                 return
             if time.monotonic() > until:
-                raise ModicumError(
-                    f"{len(self._nodes)} clients are there after {self.wait_s:g} s",
-                    why=f"a round takes {wanted}",
-                )
+                if here:
+                    return
+                raise ModicumError(f"no client is there after {self.wait_s:g} s")
             time.sleep(1)
 
     def _message(self, content: RecordDict, client: int, kind: str, number: int) -> Message:
@@ -228,7 +244,7 @@ class Federate(Strategy):
                 self.server.receive(client, read_blob(reply, "shared"), samples, loss)
         except InvalidInput as error:
             self.server.fail(client, str(error.what))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             self.server.fail(client, f"the update is refused: malformed ({error!r})")
 
     # ---- files ----------------------------------------------------------------------------------
@@ -243,10 +259,15 @@ class Federate(Strategy):
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / HISTORY).open("a") as file:
                 file.write(json.dumps({"kind": kind, **what}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def restore(self) -> None:
         """Go on from the folder, if something is there; what came after its state is forgotten."""
-        if self.folder is None or not (self.folder / STATE).exists():
+        if self.folder is None:
+            return
+        if not (self.folder / STATE).exists():
+            (self.folder / HISTORY).unlink(missing_ok=True)  # of nothing that can be gone on from
             return
         self.server.restore(self.folder / STATE)
         self._first = self.server.done
@@ -262,6 +283,15 @@ class Federate(Strategy):
         """Keep the last state."""
         self.server.theta = arrays["shared"].numpy().astype(np.float32)
         self._save()
+
+
+def _number(reply: Message) -> int:
+    """What a node says its number is; -1 where it says nothing of the kind."""
+    try:
+        number = reply.content.config_records["answer"]["client"]
+    except (KeyError, ValueError):
+        return -1
+    return number if type(number) is int else -1
 
 
 def read_history(folder: Path, done: int) -> tuple[list[RoundLog], list[Judgement]]:
@@ -300,8 +330,8 @@ def run_rounds(
     strategy.restore()
     server = strategy.server
     left = server.rounds - server.done
-    if strategy.judge_every and not strategy.judgements:
-        strategy._call_roll(grid)
+    if strategy.judge_every and server.done == 0 and not strategy.judgements:
+        strategy._call_roll(grid, wait=True)
         strategy.judged(0, grid.send_and_receive(strategy.judging(0), timeout=timeout))
     if left:
         start = ArrayRecord({"shared": Array(server.theta)})

@@ -20,11 +20,13 @@ from modicum.federated.strategy import Federate
 class Noisy(DifferentialPrivacyServerSideFixedClipping):
     """Clips each client's change to the norm `clip`, and adds noise to the weights after a round.
 
-        sigma = noise * clip / k        where k clients were used
+        sigma = 2 * noise * clip / k        where k clients were used
 
-    Their mean changes by at most clip / k with a client, the weights by eps <= 1 of it.  `strategy`
-    sends `open_weights`, and weights clients alike: otherwise UsageError.  The noise is drawn from
-    numpy's global generator.  Losses and judgements are not private: they are as they are.
+    With one client more or less among them their mean changes by at most 2 clip / k (its own
+    change, and the weights of the others), the released weights by eps <= 1 of that.  Who is asked
+    follows from the seed: sampling amplifies nothing.  `strategy` sends `open_weights`, and weights
+    clients alike: otherwise UsageError.  The noise is drawn from numpy's global generator.  Losses
+    and judgements are not private: they are as they are.
 
     Flower's own wrapper gives a round up for one client that failed, ends in an error for one that
     sent something else, and adds noise for as many as were asked, too little if fewer answered.
@@ -44,7 +46,7 @@ class Noisy(DifferentialPrivacyServerSideFixedClipping):
             raise UsageError("the noise is for steps of the server up to 1", why=why)
         if noise < 0 or not 0 < clip < np.inf:
             raise UsageError(f"noise {noise:g} and clip {clip:g}", why="noise >= 0, clip > 0")
-        super().__init__(strategy, noise, clip, rule.clients)
+        super().__init__(strategy, 2 * noise, clip, rule.clients)
         self.federate = strategy
 
     def aggregate_train(
