@@ -422,3 +422,21 @@ def _anything(rng: Random, sequence: int) -> bytes:
     payload = struct.pack(f"<{len(words)}I", *words) + bytes(rng.choice([0, 0, 0, 3, 4, 200]))
     session = 7 if rng.random() < 0.95 else rng.getrandbits(32)
     return stuff(wire.HEAD.pack(session, sequence, kind, 0) + payload[: 4 * wire.WORDS])
+
+
+@pytest.mark.parametrize("answer", [b"", b"abc", bytes(12)])
+def test_an_answer_of_another_length_is_an_error_that_says_so(board, folder, monkeypatch, answer):
+    """A peer may be anything: neither a crash nor a wait without end."""
+    client = BoardLearner(board.link, folder, LOCAL)
+    client.begin(client.layout.check(np.zeros(client.layout.size, np.float32)))
+    monkeypatch.setattr(board.link, "request", lambda *args: answer)
+    x = np.zeros(1, np.float32)
+    for ask in (
+        lambda: client.learn(x, x),
+        lambda: client.predict(x),
+        client.shared,
+        client.figures,
+        lambda: client.learn_own(1),
+    ):
+        with pytest.raises(InvalidInput, match="does not fit its question"):
+            ask()

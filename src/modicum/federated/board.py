@@ -69,7 +69,7 @@ class BoardLearner:
             )
         else:
             label = struct.pack("<i", int(target))
-        return float(struct.unpack("<f", self._with_sample(wire.LEARN, label, row))[0])
+        return float(_fields("<f", self._with_sample(wire.LEARN, label, row))[0])
 
     def learn_own(self, samples: int) -> tuple[int, float]:
         """The board learns so many samples from its own sensor, which do not leave it.
@@ -78,26 +78,30 @@ class BoardLearner:
         sensor, or no sample.
         """
         answer = self.link.request(wire.LEARN_OWN, struct.pack("<I", samples))
-        taken, loss = struct.unpack("<If", answer)
+        taken, loss = _fields("<If", answer)
         return taken, loss
 
     def predict(self, x: Array) -> Array:
         out = self._with_sample(wire.PREDICT, b"", self._row(x))
-        while len(out) < 4 * self._size(self.plan.graph.output):
-            out += self.link.request(wire.OUTPUT, struct.pack("<I", len(out) // 4))
-        return np.frombuffer(out, np.float32).copy()
+        size = 4 * self._size(self.plan.graph.output)
+        while len(out) < size:
+            more = self.link.request(wire.OUTPUT, struct.pack("<I", len(out) // 4))
+            if not more:
+                raise _misfit(len(out), size)
+            out += more
+        return np.frombuffer(_exactly(out, size), np.float32).copy()
 
     def shared(self) -> Array:
         return self.layout.from_c({p.index: self._read(p.index, p.size) for p in self.layout.parts})
 
     def figures(self) -> Figures:
         """Memory and instructions, as the board itself measured them."""
-        return Figures(*struct.unpack("<11I", self.link.request(wire.STATS)))
+        return Figures(*_fields("<11I", self.link.request(wire.STATS)))
 
     def _meet(self) -> None:
         """A new session with a board that has this plan."""
         hello = self.link.open()
-        version = struct.unpack_from("<I", hello)[0]
+        version = _fields("<I", hello[:4])[0]
         if version != wire.VERSION:
             raise InvalidInput(
                 f"the board speaks version {version} of the link", why=f"this is {wire.VERSION}"
@@ -109,14 +113,19 @@ class BoardLearner:
                 why=f"its plan is {found}, this one {wanted}",
                 hint="flash the firmware of this plan, or load the board's",
             )
-        self.slices = struct.unpack_from("<I", hello, 36)[0]
+        self.slices = _fields("<I", hello[36:40])[0]
+        if self.slices != len(self.plan.program.trained):
+            raise InvalidInput(
+                f"the board has {self.slices} trained slices",
+                why=f"its plan has {len(self.plan.program.trained)}",
+            )
 
     def _check_private(self) -> None:
         local = {p.index for p in self.layout.local}
         private = set()
         for index in range(self.slices):
             answer = self.link.request(wire.SLICE, struct.pack("<I", index))
-            if struct.unpack("<II", answer)[1]:
+            if _fields("<II", answer)[1]:
                 private.add(index)
         if private != local:
             names = [t.param for t in self.plan.program.trained]
@@ -149,7 +158,8 @@ class BoardLearner:
         out = b""
         for at in range(0, size, wire.WORDS):
             count = min(wire.WORDS, size - at)
-            out += self.link.request(wire.READ, struct.pack("<III", index, at, count))
+            answer = self.link.request(wire.READ, struct.pack("<III", index, at, count))
+            out += _exactly(answer, 4 * count)
         return np.frombuffer(out, np.float32)
 
 
@@ -246,6 +256,23 @@ def _command(folder: Path, on: str, parity: bool) -> list[str]:
         *("-semihosting-config", "enable=on,target=native"),
         *("-kernel", str(made / "linked.elf")),
     ]
+
+
+def _fields(form: str, answer: bytes) -> tuple[Any, ...]:
+    """What an answer says, if it has the length for it: a peer may be anything."""
+    return struct.unpack(form, _exactly(answer, struct.calcsize(form)))
+
+
+def _exactly(answer: bytes, size: int) -> bytes:
+    if len(answer) != size:
+        raise _misfit(len(answer), size)
+    return answer
+
+
+def _misfit(found: int, size: int) -> InvalidInput:
+    return InvalidInput(
+        "the board's answer does not fit its question", why=f"{found} bytes instead of {size}"
+    )
 
 
 def _sized(values: Array, size: int, what: str) -> Array:
