@@ -152,7 +152,7 @@ SETTINGS: dict[str, Setting] = {
     "sines": Setting(
         800, 3.5, 10, 50, 1, lambda seed: SineClients(50, 40, seed),
         rules(
-            local=("layers.4.*",), rate=0.005, rate_local=0.005, support=16, query=32, tune=7,
+            local=("layers.4.bias",), rate=0.005, rate_local=0.005, support=4, query=44, tune=7,
             reconstruct=1, top=0.05, batch_rate=0.02, recon_rate=0.01, clients=5, start=1.0,
         ),
     ),
