@@ -59,19 +59,26 @@ def make_net(seed=0):
 class LineLearner:
     """y = w x + b by hand, in float32: what a federation needs of a learner, at no cost.
 
-    All is shared, or, where the rule has a local part, b is the client's.
+    All is shared, or, where the rule has a local part, b is the client's.  `IDLE` more weights
+    are shared and never move.
     """
+
+    IDLE = 40
 
     def __init__(self, rule, deploys=False):
         self.rule, self.deploys = rule, deploys
-        part, rest = Part("w", (2,), "flat", 0, 0), Part("b", (1,), "flat", 2, 1)
+        n = self.IDLE
+        part, idle = Part("w", (2,), "flat", 0, 0), Part("idle", (n,), "flat", 2, 1)
+        rest = Part("b", (1,), "flat", 2 + n, 2)
         local = (rest,) if rule.local else ()
-        parts = (part,) if rule.local else (part, rest)
+        parts = (part, idle) if rule.local else (part, idle, rest)
         self.layout = Layout(parts, local, b"lines" + bytes([len(local)] * 11))
         self.begin(np.zeros(self.layout.size, np.float32))
 
     def begin(self, shared):
-        self.w = np.concatenate([shared, np.zeros(3 - len(shared), np.float32)])
+        n = self.IDLE
+        b = np.zeros(1, np.float32) if self.rule.local else shared[2 + n :]
+        self.w, self.idle = np.concatenate([shared[:2], b]), shared[2 : 2 + n]
         self.updates, self.waiting = 0, []
 
     def learn(self, x, target):
@@ -95,4 +102,5 @@ class LineLearner:
         return np.array([self.w[:2] @ x + self.w[2]], np.float32)
 
     def shared(self):
-        return self.w[: self.layout.size].copy()
+        b = self.w[2:] if not self.rule.local else self.w[:0]
+        return np.concatenate([self.w[:2], self.idle, b]).astype(np.float32)

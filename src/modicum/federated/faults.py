@@ -19,6 +19,7 @@ from modicum.federated.layout import Layout
 LIES = (
     "cut short", "damaged", "of another model", "replayed", "weights", "of another size",
     "too large", "no update", "no weights", "no numbers", "not finite", "out of range",
+    "endless numbers",
 )  # fmt: skip
 
 
@@ -56,6 +57,8 @@ class FaultyGrid(LocalGrid):
         content = RecordDict({"metrics": MetricRecord({"num-examples": 1, "loss": 0.0})})
         if kind == "no numbers":
             content = RecordDict()
+        if kind == "endless numbers":
+            content["metrics"] = MetricRecord({"num-examples": float("inf"), "loss": 0.0})
         if kind != "no weights":
             content["shared"] = blob_record(self._bad(kind, reply, number))
         return Message(content, reply_to=message)

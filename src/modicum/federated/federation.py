@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,7 @@ from modicum.adapt import progress_bar
 from modicum.board import Board
 from modicum.capture import capture
 from modicum.emit import emit
-from modicum.errors import UsageError
+from modicum.errors import InvalidInput, UsageError
 from modicum.federated.client_app import Site, client_app
 from modicum.federated.energy import Energy
 from modicum.federated.flower import quiet
@@ -191,9 +193,23 @@ def make_learner(
     if kind != "native":
         raise UsageError(f"no learner is called {kind!r}", hint="native, torch")
     folder = workspace / f"c-{_digest(model, plan)}"
-    if not (folder / "net.mk").is_file():
-        emit(model, plan, folder)
-    return NativeLearner(folder, rule.local)
+    with alone(workspace):  # processes that start together would build the same folder
+        if not (folder / "net.mk").is_file():
+            emit(model, plan, folder)
+        return NativeLearner(folder, rule.local)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time in a folder.  Raises InvalidInput where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise InvalidInput(f"{folder} cannot be the cache", why=str(error)) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def initial_weights(model: nn.Module, plan: Plan, rule: FederatedRule) -> Array:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -325,8 +327,16 @@ def run_rounds(
     """All rounds that are left, on any of Flower's grids; `wrap` puts a wrapper around.
 
     Before the first one new clients are judged too.  A state in the strategy's folder is gone on
-    from; see `Server.restore` for the errors.
+    from; see `Server.restore` for the errors, and UsageError for a folder that another server is
+    using.
     """
+    with _held(strategy.folder):
+        _run_rounds(strategy, grid, wrap, timeout)
+
+
+def _run_rounds(
+    strategy: Federate, grid: Grid, wrap: Callable[[Strategy], Strategy], timeout: float
+) -> None:
     strategy.restore()
     server = strategy.server
     left = server.rounds - server.done
@@ -337,3 +347,20 @@ def run_rounds(
         start = ArrayRecord({"shared": Array(server.theta)})
         result = wrap(strategy).start(grid, start, num_rounds=left, timeout=timeout)
         strategy.finish(result.arrays)
+
+
+@contextmanager
+def _held(folder: Path | None) -> Iterator[None]:
+    """Two servers in one folder would write over each other's state."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"another server is working in {folder}", hint="stop it, or another folder"
+            ) from None
+        yield

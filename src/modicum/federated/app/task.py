@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,11 +17,12 @@ from torch import nn
 
 import modicum
 from modicum.emit import emit
-from modicum.errors import InvalidInput, UsageError
+from modicum.errors import UsageError
 from modicum.federated.app.privacy import Noisy
 from modicum.federated.cases import CASES, Case, rule_for
 from modicum.federated.client_app import Site
 from modicum.federated.federation import (
+    alone,
     client_plans,
     initial_weights,
     make_learner,
@@ -264,7 +263,7 @@ def _plans(settings: Settings, model: nn.Module, shots: int) -> tuple[Plan, Plan
     case, rule = _case_and_rule(settings)
     inputs = (settings.case, rule.model_dump(mode="json"), shots, settings.board, _code())
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    with _alone(settings.place):
+    with alone(settings.place):
         files = [settings.place / f"plan-{key}-{of}.json" for of in ("round", "new")]
         if all(file.exists() for file in files):
             return Plan.load(files[0]), Plan.load(files[1])
@@ -277,8 +276,7 @@ def _plans(settings: Settings, model: nn.Module, shots: int) -> tuple[Plan, Plan
 
 def _learner(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRule) -> Learner:
     kind: Literal["torch", "native"] = "native" if settings.learner == "native" else "torch"
-    with _alone(settings.place):  # processes that start together would build the same folder
-        return make_learner(model, plan, rule, kind, settings.place / f"c-{_code()}")
+    return make_learner(model, plan, rule, kind, settings.place / f"c-{_code()}")
 
 
 def _board(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRule) -> Learner:
@@ -293,7 +291,7 @@ def _board(settings: Settings, model: nn.Module, plan: Plan, rule: FederatedRule
         )
     if settings.link in EMULATED:
         folder = settings.place / f"c-{_code()}" / f"link-{plan.hash[:16]}-{settings.seed}"
-        with _alone(settings.place):
+        with alone(settings.place):
             if not folder.exists():
                 firmware(model, plan, rule, folder)
             return BoardLearner(Emulated(folder, settings.link, rule.local).link, plan, rule.local)
@@ -312,19 +310,6 @@ def _code() -> str:
         if file.is_file() and file.suffix != ".pyc"
     ]
     return hashlib.sha256(json.dumps([found, torch.__version__]).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise InvalidInput(f"{folder} cannot be the cache", why=str(error)) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _lines(error: ValidationError) -> list[str]:
