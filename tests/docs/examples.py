@@ -301,6 +301,7 @@ _FEDERATED = (
     ("shared", "shared", ",d"),
     ("local", "local", ",d"),
     ("RAM, bytes", "ram", ",d"),
+    ("diverged", "diverged", "d"),
     ("quality", "quality", ""),
     ("deviation", "deviation", ""),
     ("MB in all", "megabytes", ""),
