@@ -286,10 +286,10 @@ def test_clients_that_are_away_do_not_change_who_is_chosen():
     away = [r for r in half.rounds if 2 in r.asked]
     assert away and all(r.failed == {2: "not there"} for r in away)
     with pytest.raises(mo.ModicumError, match="no client is there"):
-        play(rule, grid=partial_none, wait_s=0)
+        play(rule, grid=empty_grid, wait_s=0)
 
 
-def partial_none(*args, **more):
+def empty_grid(*args, **more):
     grid = LocalGrid(*args, **more)
     grid.get_node_ids = lambda: []
     return grid

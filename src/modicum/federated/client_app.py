@@ -28,6 +28,7 @@ from modicum.federated.flower import (
 from modicum.federated.grid import RAISED
 from modicum.federated.learner import Learner
 from modicum.federated.rules import FederatedRule
+from modicum.federated.server import one_line
 
 if TYPE_CHECKING:
     from modicum.federated.populations import Population
@@ -83,9 +84,7 @@ def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
     try:
         return Message(work(), reply_to=message)
     except ModicumError as error:
-        why = "; ".join(error.details.get("why", []))
-        reason = f"{error.what} ({why})" if why else error.what
-        return Message(Error(code=RAISED, reason=reason), reply_to=message)
+        return Message(Error(code=RAISED, reason=one_line(error)), reply_to=message)
 
 
 def _train(site: Site, message: Message, context: Context) -> RecordDict:

@@ -20,7 +20,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from modicum.errors import InvalidInput, UsageError
+from modicum.errors import InvalidInput, ModicumError, UsageError
 from modicum.federated.codec import Message, decode, encode, encoded_size, largest
 from modicum.federated.rules import FederatedRule
 
@@ -123,7 +123,7 @@ class Server:
             )
             self._take(client, message.dense(), samples, loss)
         except InvalidInput as error:
-            return self.fail(client, _line(error))
+            return self.fail(client, one_line(error))
         return None
 
     def receive_weights(
@@ -146,7 +146,7 @@ class Server:
                 raise InvalidInput("the update is refused: a value is not finite or out of range")
             self._take(client, delta, samples, loss)
         except InvalidInput as error:
-            return self.fail(client, _line(error))
+            return self.fail(client, one_line(error))
         return None
 
     def _take(self, client: int, change: Array, samples: int, loss: float) -> None:
@@ -278,7 +278,7 @@ class Server:
         self.changed, self.have, self.done = changed.astype(np.uint32), {}, done
 
 
-def _line(error: InvalidInput) -> str:
-    """An error in one line, for the log."""
+def one_line(error: ModicumError) -> str:
+    """An error and its reason, for a log."""
     why = "; ".join(error.details.get("why", []))
     return f"{error.what} ({why})" if why else error.what
