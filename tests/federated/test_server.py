@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from modicum import InvalidInput
 from modicum.errors import UsageError
 from modicum.federated.codec import Message, decode, encode
-from modicum.federated.rules import ANNEALED, FedAvg, Outer, TinyMetaFed, TinyReptile
+from modicum.federated.rules import ANNEALED, FedAvg, FedRecon, Outer, TinyMetaFed, TinyReptile
 from modicum.federated.server import LIMIT, Server
 
 MODEL = bytes(16)
@@ -254,6 +254,14 @@ def test_rules_that_contradict_themselves_are_refused():
     ):
         with pytest.raises(ValidationError):
             TinyReptile(**wrong)
+    local = {"local": ("x",)}
+    for rule, more in ((FedAvg, {}), (TinyReptile, {}), (TinyMetaFed, local), (FedRecon, local)):
+        for wrong in (
+            {"clients": 0}, {"query": 0}, {"passes": 0}, {"batch": 0}, {"tune": -1}, {"top": 0},
+            {"top": 2}, {"support": -1}, {"reconstruct": -1},
+        ):  # fmt: skip
+            with pytest.raises(ValidationError, match=next(iter(wrong))):
+                rule(**more, **wrong)
     with pytest.raises(UsageError, match="rounds"):
         Server(TinyReptile(), MODEL, START, 0)
     with pytest.raises(InvalidInput, match="finite"):

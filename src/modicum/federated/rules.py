@@ -26,6 +26,12 @@ from modicum.selection import MOST_STEPS, some
 Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
+# By name, since a field that a method gives another default has to keep its limits.
+Clients = Annotated[int, Field(ge=1, le=100_000)]
+Queries = Annotated[int, Field(ge=1, le=1_000_000)]
+Passes = Annotated[int, Field(ge=1, le=10_000)]
+Batch = Annotated[int, Field(ge=1, le=65535)]
+Again = Annotated[int, Field(ge=0, le=10_000)]
 
 
 class Outer(Frozen):
@@ -68,15 +74,15 @@ class FederatedRule(Frozen):
     kind: str
     train: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
     local: tuple[str, ...] = ()
-    clients: Annotated[int, Field(ge=1, le=100_000)] = 1
+    clients: Clients = 1
     support: Count = 0
-    query: Annotated[int, Field(ge=1, le=1_000_000)] = 32
-    passes: Annotated[int, Field(ge=1, le=10_000)] = 1
-    batch: Annotated[int, Field(ge=1, le=65535)] = 1
+    query: Queries = 32
+    passes: Passes = 1
+    batch: Batch = 1
     rate: Positive = 0.01
     rate_local: Positive = 0.01
-    reconstruct: Annotated[int, Field(ge=0, le=10_000)] = 0
-    tune: Annotated[int, Field(ge=0, le=10_000)] = 1
+    reconstruct: Again = 0
+    tune: Again = 1
     outer: Outer = Outer()
     weighting: Literal["clients", "samples"] = "clients"
     top: Share = 1.0
@@ -139,10 +145,10 @@ class FedAvg(FederatedRule):
     mini-batches, the mean of what they learned."""
 
     kind: Literal["fedavg"] = "fedavg"
-    clients: int = 5
-    query: int = 32
-    passes: int = 2
-    batch: int = 8
+    clients: Clients = 5
+    query: Queries = 32
+    passes: Passes = 2
+    batch: Batch = 8
     weighting: Literal["clients", "samples"] = "samples"
 
 
@@ -150,8 +156,8 @@ class Reptile(FederatedRule):
     """Serial Reptile: one client a round, stored samples in mini-batches, an annealed step."""
 
     kind: Literal["reptile"] = "reptile"
-    passes: int = 2
-    batch: int = 8
+    passes: Passes = 2
+    batch: Batch = 8
     outer: Outer = ANNEALED
 
 
@@ -166,12 +172,12 @@ class FedRecon(FederatedRule):
     """Federated reconstruction: the local part is made anew by each client and never sent."""
 
     kind: Literal["fedrecon"] = "fedrecon"
-    clients: int = 5
-    support: int = 16
-    query: int = 16
-    passes: int = 2
-    batch: int = 8
-    reconstruct: int = 2
+    clients: Clients = 5
+    support: Count = 16
+    query: Queries = 16
+    passes: Passes = 2
+    batch: Batch = 8
+    reconstruct: Again = 2
     weighting: Literal["clients", "samples"] = "samples"
 
 
@@ -183,10 +189,10 @@ class TinyMetaFed(FederatedRule):
     """
 
     kind: Literal["tinymetafed"] = "tinymetafed"
-    support: int = 16
-    query: int = 16
-    reconstruct: int = 1
-    top: float = 0.2
+    support: Count = 16
+    query: Queries = 16
+    reconstruct: Again = 1
+    top: Share = 0.2
     outer: Outer = ANNEALED
     downlink: Literal["whole", "changed"] = "changed"
 
