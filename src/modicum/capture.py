@@ -67,7 +67,9 @@ def _export(model: nn.Module, example: torch.Tensor) -> Any:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, (example,))
-            # without a table this only makes in-place operators functional
+            if all(_target(fx) in READERS for fx in _calls(program)):
+                return program
+            # without a table this only makes in-place operators functional, and takes as long again
             return program.run_decompositions({})
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -80,6 +82,15 @@ def _export(model: nn.Module, example: torch.Tensor) -> Any:
         logging.disable(level)
         for module, mode in training.items():
             module.training = mode
+
+
+def _calls(program: Any) -> list[Any]:
+    return [fx for fx in program.graph.nodes if fx.op == "call_function"]
+
+
+def _target(fx: Any) -> str:
+    """The operator that is called, as "conv2d" of aten.conv2d.default."""
+    return str(getattr(fx.target, "__name__", fx.target)).split(".")[0]
 
 
 class _Unsupported(Exception):
@@ -139,14 +150,13 @@ class _Reader:
         return self._pruned(self.alias[signature.user_outputs[0]])
 
     def _read(self, fx: Any) -> None:
-        target = str(getattr(fx.target, "__name__", fx.target))
-        reader = READERS.get(target.split(".")[0])
+        reader = READERS.get(_target(fx))
         try:
             if reader is None:
                 raise _Unsupported("not supported")
             reader(self, fx)
         except _Unsupported as problem:
-            text = f"{_module(fx) or '(model)'}: {target}"
+            text = f"{_module(fx) or '(model)'}: {getattr(fx.target, '__name__', fx.target)}"
             self.problems.append(f"{text} ({problem})" if str(problem) else text)
             # go on with a stand-in, so that all problems are found in one run
             name = self._name(fx)
@@ -548,6 +558,12 @@ def _same(r: _Reader, fx: Any) -> None:
     r.alias[fx.name] = r.value(fx.args[0])
 
 
+def _dropout(r: _Reader, fx: Any) -> None:
+    if fx.args[2]:
+        raise _Unsupported("it is random; `training=self.training` turns it off in eval mode")
+    _same(r, fx)
+
+
 READERS: dict[str, Reader] = {
     "conv2d": _conv2d,
     "convolution": _convolution,
@@ -587,7 +603,7 @@ READERS: dict[str, Reader] = {
     "unsqueeze": _reshape,
     "clone": _same,
     "contiguous": _same,
-    "dropout": _same,
+    "dropout": _dropout,
     "alias": _same,
 }
 

@@ -228,8 +228,9 @@ def _compared(block: Block, what: str, shown: list[str], printed: list[str]) -> 
 
 
 def masked(line: str) -> str:
-    """The line without its numbers, units of time, and the blanks that line them up."""
-    words = " ".join(NUMBER.sub("#", line).split())
+    """The line without its numbers, units of time, the blanks that line them up, and the star of a
+    Pareto front, which is as variable as what it is the front of."""
+    words = " ".join(NUMBER.sub("#", line).split()).removeprefix("* ")
     return re.sub(r"# (µs|ms|min # s)(?=[ ,;]|$)", "# s", words)
 
 
@@ -458,6 +459,9 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "tinytrain_pairs_all": _PAIRS,
     "tinytrain_pairs_apart": _PAIRS,
     "tinytrain_pairs_ablation": _PAIRS,
+    "tinytrain_pairs_wide": _PAIRS,
+    "tinytrain_pairs_128": _PAIRS,
+    "tinytrain_128": _TASKS,
     "tinytrain_main": _TASKS,
     "tinytrain_wide": _TASKS,
     "tinytrain_ablation": _TASKS,
@@ -481,6 +485,8 @@ SOURCES = {
     "tinytrain_pairs_all": ("tinytrain_main", "pairs_all"),
     "tinytrain_pairs_apart": ("tinytrain_apart", "pairs_far"),
     "tinytrain_pairs_ablation": ("tinytrain_ablation", "pairs_far"),
+    "tinytrain_pairs_wide": ("tinytrain_wide", "pairs_far"),
+    "tinytrain_pairs_128": ("tinytrain_128", "pairs_far"),
     "pmeta_ablation": ("pmeta", "ablation"),
     "maml_speed_two": ("maml_speed", "two_cores"),
     "rl_navigation": ("rl_navigation", "summary"),
