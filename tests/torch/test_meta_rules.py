@@ -321,6 +321,16 @@ def test_the_memory_limit_holds_in_every_inner_step(share, pruning):
     assert (learner.rates == 0).any() == (~learner.allowed).any()
 
 
+@pytest.mark.parametrize("pruning", ["score", "random", "last"])
+def test_a_limit_that_sinks_leaves_a_layer_that_keeps_it_in_the_end(pruning):
+    """What would fit alone for a while is not kept for that."""
+    _, learner = pmeta(share=0.1, pruning=pruning, steps=8, prune_to=1.0)
+    for learner.progress in np.linspace(0, 1, 60).tolist():
+        learner.keep_limits((1, 16, 16), 3, "cross_entropy")
+    assert learner.ready
+    assert all(learner.active(k) for k in range(8))
+
+
 def test_weights_are_kept_of_an_epoch_that_keeps_the_limit(tmp_path):
     data = load((np.zeros((60, 16, 16), np.uint8), np.arange(60) % 5))
     shown = Preprocess(size=16, mean=(0.5,), std=(0.5,))

@@ -269,11 +269,12 @@ class PMetaLearner(GradientLearner):
                     why=f"step {k} needs {peak} with {next(iter(active), 'none')} alone",
                     hint="a larger ram or share",
                 )
-            self.allowed[self.layers.index(self._weakest(active, k, limit)), k] = False
+            self.allowed[self.layers.index(self._weakest(active, k)), k] = False
 
-    def _weakest(self, active: frozenset[str], k: int, limit: int) -> str:
-        """Which of these layers step k can do without; not the only one that would fit alone."""
-        memory = self.memory
+    def _weakest(self, active: frozenset[str], k: int) -> str:
+        """Which of these layers step k can do without; not the only one that keeps the limit of
+        the end alone."""
+        memory, limit = self.memory, self.limit()
         assert memory is not None
         fit = {name for name in active if memory.peak(frozenset({name})) <= limit}
         order = [name for name in self.layers if name in active and fit != {name}]
