@@ -171,7 +171,8 @@ def test_refreshed_prototypes_are_the_sums_of_the_embeddings_of_each_class(kerne
         values = run_values(job["graph"], double, x.double(), predicting)
     want = torch.zeros_like(double.get_buffer("head.prototypes"))
     want.index_add_(0, torch.tensor(labels), values[job["graph"].nodes[-1].inputs[0]])
-    within = 1e-4 * max(1.0, float(want.abs().max()))
+    # a norm of values that are all alike makes of their rounding, 5e-7 of 6, 316 times as much
+    within = 1e-3 * max(1.0, float(want.abs().max()))
     assert after.pop("head.prototypes") == pytest.approx(want.numpy(), abs=within)
     for name, value in after.items():
         assert np.array_equal(value, before[name]), name
