@@ -169,10 +169,13 @@ def test_refreshed_prototypes_are_the_sums_of_the_embeddings_of_each_class(kerne
     predicting = job["selection"].model_copy(update={"batch_norms": ()})
     with torch.no_grad():
         values = run_values(job["graph"], double, x.double(), predicting)
+    for node in job["graph"].nodes:
+        if node.op == "group_norm":  # of values that are all alike it makes noise: rounding / eps
+            groups = values[node.inputs[0]].reshape(len(x) * int(node.attrs["groups"]), -1)
+            assume(bool((groups.std(1) > 1e-3 * groups.abs().amax(1)).all()))
     want = torch.zeros_like(double.get_buffer("head.prototypes"))
     want.index_add_(0, torch.tensor(labels), values[job["graph"].nodes[-1].inputs[0]])
-    # a norm of values that are all alike makes of their rounding, 5e-7 of 6, 316 times as much
-    within = 1e-3 * max(1.0, float(want.abs().max()))
+    within = 1e-4 * max(1.0, float(want.abs().max()))
     assert after.pop("head.prototypes") == pytest.approx(want.numpy(), abs=within)
     for name, value in after.items():
         assert np.array_equal(value, before[name]), name
