@@ -314,6 +314,14 @@ _FEDERATED = (
     ("FedAvg's MB to it, times", "of_fedavg", ""),
 )
 TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "federated_scale": (
+        ("clients", "clients", ",d"),
+        ("clients per second", "clients_per_second", ".0f"),
+        ("until the first round ends, s", "start_s", ".0f"),
+        ("all 20 rounds, s", "wall_s", ".0f"),
+        ("server process, end, MB", "server_end_bytes", "M"),
+        ("all processes, peak, MB", "all_bytes", "M"),
+    ),
     "federated_sines": _FEDERATED,
     "federated_characters": _FEDERATED,
     "federated_words": _FEDERATED,
