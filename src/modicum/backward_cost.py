@@ -75,7 +75,8 @@ def backward_cost(graph: Graph, selection: Selection, optimizer: SGD | Adam) -> 
 
 
 def _macs(graph: Graph, wanted: Mapping[str, Wanted]) -> int:
-    macs = (OPS[n.op].macs(graph, n, wanted[n.name]) for n in graph.nodes)
+    owing = (n for n in graph.nodes if wanted[n.name].any)
+    macs = (OPS[n.op].macs(graph, n, wanted[n.name]) for n in owing)
     return sum(m.dx + m.dw for m in macs)
 
 
@@ -90,9 +91,10 @@ def io_peak(graph: Graph) -> int:
     for node in graph.nodes:
         if node.op in ("conv2d", "norm_conv2d", "linear"):
             out = graph.values[node.name].bytes
-            if node.op != "linear" and is_depthwise(graph, node):
-                out //= graph.shape(node.name)[1]
-            peak = max(peak, graph.values[node.inputs[0]].bytes + out)
+            both = graph.values[node.inputs[0]].bytes + out
+            if both > peak and node.op != "linear" and is_depthwise(graph, node):
+                both -= out - out // graph.shape(node.name)[1]
+            peak = max(peak, both)
     return peak
 
 

@@ -156,6 +156,7 @@ class Program:
     refresh: Call | None = None  # adds the sample that passed to the prototypes
     inner: tuple[int, ...] = (0,)
     looks: bool = False
+    either: bool = False  # the other order makes another program
 
     @property
     def attends(self) -> bool:
@@ -328,7 +329,9 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
             continue
         if attention.sides(node) and node.params["weight"] not in attended:
             node = attention.plain(node)
-        changed: dict[str, Any] = {"inputs": tuple(renamed.get(x, x) for x in node.inputs)}
+        changed: dict[str, Any] = {}
+        if not renamed.keys().isdisjoint(node.inputs):
+            changed["inputs"] = tuple(renamed.get(x, x) for x in node.inputs)
         bn = norm_of.get(node.name)
         if bn is not None and _foldable(node, bn, updates):
             changed["params"] = _fold(node, bn, params)
@@ -345,15 +348,15 @@ def prepare(graph: Graph, selection: Selection) -> Graph:
         elif standardised(node) and node.params["weight"] not in updates:
             changed["attrs"] = {k: v for k, v in node.attrs.items() if k != "standardise"}
             changed["params"] = _standardised_constant(node, params)
-        same = len(changed) == 1 and changed["inputs"] == node.inputs  # copies cost time
-        nodes.append(node if same else node.model_copy(update=changed))
+        nodes.append(node.model_copy(update=changed) if changed else node)  # copies cost time
     values = dict(graph.values)
     if selection.probes:
         probed = {renamed.get(v, v): fisher_of(v) for v in selection.probes}
         nodes = _with_probes(nodes, probed, values, params)
     used = {name for node in nodes for name in node.params.values()}
     alive = {graph.input, *(n.name for n in nodes)}
-    return Graph(
+    return Graph.model_construct(
+        # not validated again: it is made of a graph that was, and a search makes many
         input=graph.input,
         output=renamed.get(graph.output, graph.output),
         values={k: v for k, v in values.items() if k in alive},
@@ -549,7 +552,12 @@ def wanted_gradients(
     """
     needs: set[str] = set()
     wanted = {}
+    idle = [Wanted((False,) * n) for n in range(3)]  # most nodes, of which a search asks often
     for node in graph.nodes:
+        if needs.isdisjoint(node.inputs) and updates.keys().isdisjoint(node.params.values()):
+            n = len(node.inputs)
+            wanted[node.name] = idle[n] if n < len(idle) else Wanted((False,) * n)
+            continue
         params = {}
         for role in OPS[node.op].roles:
             update = updates.get(node.params.get(role, ""))
@@ -604,6 +612,7 @@ class _Lowering:
         self.updates = updates_of(selection)
         self.inner_steps, self.patterns = selection.inner_steps, selection.patterns
         self.inner = next(p for p in self.patterns if min(step, self.inner_steps - 1) in p)
+        self.either = False
         self.optimizer, self.loss, self.accumulate, self.order = optimizer, loss, accumulate, order
         self.buffers: dict[str, Buffer] = {}
         self.steps: list[Step] = []
@@ -645,6 +654,7 @@ class _Lowering:
             optimizer=self.optimizer,
             accumulate=self.accumulate,
             order=self.order,
+            either=self.either,
             buffers=self._with_kinds(),
             steps=tuple(self.steps),
             trained=tuple(t for t in self.trained.values() if not t.statistic),
@@ -1124,8 +1134,10 @@ class _Lowering:
         """
         if not any(self.wanted[node.name].dx):
             return self.accumulate > 1
-        in_place = OPS[node.op].dx_inplace(self.graph, node, 0)
-        return self.accumulate > 1 or in_place or self.order == "dw-first"
+        if self.accumulate > 1 or OPS[node.op].dx_inplace(self.graph, node, 0):
+            return True
+        self.either = True
+        return self.order == "dw-first"
 
     def _input_gradients(self, node: Node, dy: str) -> None:
         op = OPS[node.op]

@@ -324,6 +324,8 @@ def _placed(
     for step, *_ in selection.patterns:
         best: tuple[Program, Placement] | None = None
         for order in ORDERS:
+            if best is not None and not best[0].either:
+                break
             program = lower(graph, selection, optimizer, loss, accumulate, order, step)
             if best is None or lower_bound(program) < best[1].arena:
                 at = place(program)
@@ -337,7 +339,7 @@ def _placed(
     total = worst_cost(placed, board, looking)
     every = [*placed, *(look for look in looking if look)]
     verify_together([(program, at.offsets) for program, at in every], total.arena)
-    return Plan(
+    made = Plan(
         graph=graph,
         board=board,
         ram=ram,
@@ -360,6 +362,10 @@ def _placed(
         cost=total,
         steps=step_costs(placed, looking),
     )
+    # what `programs` and `looks` would lower again
+    made.__dict__["programs"] = tuple(program for program, _ in placed)
+    made.__dict__["looks"] = tuple(look and look[0] for look in looking)
+    return made
 
 
 def _does_not_fit(p: Plan, samples: Observed | None) -> DoesNotFit:

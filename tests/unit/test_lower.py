@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import graphs
 import pytest
 from graphs import Builder, Graph, small_cnn
@@ -230,6 +232,13 @@ def test_every_buffer_is_used_and_everything_written_is_read(job, order):
     for name, buffer in program.buffers.items():
         assert name in written | read, f"{name} is not used"
         assert name in read or buffer.name == program.output_buffer, f"{name} is never read"
+
+
+@settings(max_examples=150)
+@given(graphs.jobs(10))
+def test_a_program_says_whether_the_other_order_makes_another(job):
+    one, other = (lower(**job, order=order) for order in ("dx-first", "dw-first"))
+    assert one.either == other.either == (one != replace(other, order=one.order))
 
 
 @pytest.mark.slow

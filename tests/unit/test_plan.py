@@ -59,6 +59,7 @@ def test_a_generated_plan_comes_back_from_its_json(job):
     plan = made(job)
     again = Plan.from_json(json.dumps({**plan.model_dump(mode="json"), "hash": plan.hash}))
     assert again == plan and again.hash == plan.hash
+    assert again.programs == plan.programs and again.looks == plan.looks
 
 
 @pytest.mark.slow

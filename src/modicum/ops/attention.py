@@ -38,6 +38,8 @@ def roles_of(side: str) -> tuple[str, ...]:
 
 def sides(node: Node) -> tuple[str, ...]:
     """Those of "fw", the input channels, and "bw", the output channels, that have a branch."""
+    if len(node.params) < len(BRANCH):  # searches ask often
+        return ()
     return tuple(side for side in SIDES if f"{side}_down" in node.params)
 
 
