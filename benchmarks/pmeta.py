@@ -249,8 +249,6 @@ def train(args: argparse.Namespace) -> None:
     for label, rule in chosen(args).items():
         for seed in range(args.seeds):
             folder = args.out / args.setting / f"{label}-{seed}"
-            if (folder / "result.json").exists():
-                continue
             net = network(setting, seed)
             learns = few_shot(net, setting.ways) if isinstance(rule, ProtoNet) else net
             adam = {"optimizer": "adam", "rate": 1e-3, "final_rate": 1e-5, "clip": 10.0}
@@ -259,6 +257,11 @@ def train(args: argparse.Namespace) -> None:
                 epochs=epochs, episodes=setting.episodes, tasks=4, rule=rule, warmup=0,
                 warmup_rate=0, seed=seed, validation=100, **outer,
             )  # fmt: skip
+            if (folder / "result.json").exists():
+                known = json.loads((folder / "result.json").read_text())["config"]
+                if known != config.model_dump(mode="json"):
+                    sys.exit(f"{folder} has a training of another config: move it, or give --out")
+                continue
             print(f"{args.setting}, {label}, seed {seed}", file=sys.stderr, flush=True)
             trace = metatrain(
                 learns, parts[0], None, config, out=folder, validation=parts[1],
@@ -355,6 +358,7 @@ def priced(c: AdaptationCost) -> dict[str, Any]:
         "measured_at_once_kb": max(c.measured_forward, c.measured_backward) / 1024,
         "peak_kb": c.peak / 1024, "measured_peak_kb": c.measured_peak / 1024,
         "board_kb": c.board / 1024, "gmacs": c.macs / 1e9, "streamed_gmacs": c.streamed_macs / 1e9,
+        "board_gmacs": c.board_macs / 1e9,
         "steps": " ".join(map(str, c.layers)),
     }  # fmt: skip
 
@@ -369,13 +373,14 @@ def compared(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dic
         four = [r for r in group if r["rule"] in FOUR]
         if len({r["rule"] for r in four}) < 4:
             continue
-        keys = [k for k, v in four[0].items() if isinstance(v, float)]
+        keys = [k for k, v in four[0].items() if isinstance(v, float) and all(k in r for r in four)]
         mean = {k: float(np.mean([r[k] for r in four])) for k in keys}
         best = max(four, key=lambda r: r["accuracy"])
         made.append({"setting": setting, "rule": MEAN, "seed": "-", "updates": updates, **mean,
                      "best": best["accuracy"]})  # fmt: skip
         for row in (r for r in group if r["rule"].startswith("p-Meta")):
-            times = {k: mean[k] / row[k] for k in keys if k.endswith(("_kb", "gmacs")) and row[k]}
+            shown = [k for k in keys if k.endswith(("_kb", "gmacs")) and row.get(k)]
+            times = {k: mean[k] / row[k] for k in shown}
             ratios.append({
                 "setting": setting, "rule": row["rule"], "seed": row["seed"],
                 "below_best": best["accuracy"] - row["accuracy"], **times,
@@ -423,7 +428,7 @@ def conventions(name: str, setting: Setting, norms: str) -> list[dict[str, Any]]
         "frozen layers a sample at a time": ("peak_kb", "measured_peak_kb", "streamed_gmacs"),
     }
     if norms == "frozen":  # on a board statistics of the batch are those of a sample
-        counted["all layers a sample at a time"] = ("board_kb", None, "gmacs")
+        counted["all layers a sample at a time"] = ("board_kb", None, "board_gmacs")
     priced_ = {label: priced(cost) for label, cost in found.items()}
     rows = []
     for convention, keys in counted.items():

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,10 @@ def train(
     folder = args.out / environment.name / f"{name}-{seed}"
     done = folder / "returns.json"
     if done.exists():
-        return Returns.load(done)
+        made = Returns.load(done)
+        if len(made.log) != config.iterations:
+            sys.exit(f"{folder} has {len(made.log)} iterations: move it, or give --out")
+        return made
     config = config.model_copy(update={"rule": rule(name, environment, config), "seed": seed})
     return metatrain_rl(policy(environment, seed), environment, config, out=folder, progress=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modicum.apply import Tuned, apply
 from modicum.data import Data, check_data
-from modicum.errors import InvalidInput, UsageError
+from modicum.errors import Diverged, UsageError
 from modicum.optim import SGD, Adam
 from modicum.plan import Plan
 from modicum.tasks import Labelled, Preprocess, Stream, batches
@@ -27,10 +27,6 @@ Held = Data | tuple[Labelled, Preprocess]
 EPOCHS = 10
 EVALUATED = 32
 """Images of a dataset that are predicted together."""
-
-
-class Diverged(InvalidInput):
-    """The loss became infinite or no number."""
 
 
 def adapt(

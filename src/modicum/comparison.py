@@ -24,7 +24,6 @@ from modicum import __version__
 from modicum import board as catalogue
 from modicum.accounting import account
 from modicum.adapt import (
-    Diverged,
     Schedule,
     accuracy,
     evaluate,
@@ -35,7 +34,7 @@ from modicum.adapt import (
 from modicum.apply import Tuned
 from modicum.board import Board
 from modicum.capture import capture
-from modicum.errors import InvalidInput, UsageError
+from modicum.errors import Diverged, InvalidInput, UsageError
 from modicum.graph import Frozen, Graph
 from modicum.lite import prepare_model
 from modicum.methods import Method

@@ -102,6 +102,10 @@ class InvalidInput(ModicumError):
     """A file or a value from outside is broken: plan, weights, state blob, data."""
 
 
+class Diverged(InvalidInput):
+    """The loss, or what was to be learned by it, became infinite or no number."""
+
+
 class ToolMissing(ModicumError):
     """A program that the work needs is not on this machine: a compiler, QEMU."""
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from modicum.adapt import Diverged, accuracy, predict, progress_bar, torch_optimizer, update
+from modicum.adapt import accuracy, predict, progress_bar, torch_optimizer, update
 from modicum.apply import Tuned, apply
 from modicum.data import Data, check_data, check_inputs, check_samples
-from modicum.errors import UsageError
+from modicum.errors import Diverged, UsageError
 from modicum.graph import Graph
 from modicum.heads import FewShot, class_means, cosine
 from modicum.methods import Observed, ObservingMethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,8 @@ from modicum.errors import InvalidInput
 Shape = tuple[int, ...]
 Dtype = Literal["f32"]
 if TYPE_CHECKING:
+    from typing import Self
+
     Attr = Any  # each operator knows the types of its own
 else:
     Attr = int | float | bool | str | tuple[StrictInt, ...] | tuple[float, ...] | None
@@ -31,6 +33,14 @@ class Frozen(BaseModel):
     """Base of everything that is data: immutable, and no unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, but what was derived of the fields before is not taken along."""
+        made = super().model_copy(update=update, deep=deep)
+        if update:
+            for name in made.__dict__.keys() - type(self).model_fields.keys():
+                del made.__dict__[name]
+        return made
 
 
 class Value(Frozen):

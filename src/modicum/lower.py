@@ -391,6 +391,8 @@ def _with_probes(
         made.append(node.model_copy(update={"inputs": inputs}))
         if node.name in probed:
             name, score = f"probe:{node.name}", probed[node.name]
+            if name in values or score in params:  # what a plan says of its graph may be anything
+                raise UsageError(f"the graph has {name} or {score}, the name of a probe")
             shape = values[node.name].shape
             channels = shape[1] if len(shape) == 4 else shape[-1]
             zero = Derived(kind="full", fill=0.0)

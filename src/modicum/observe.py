@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modicum.apply import Tuned
 from modicum.data import Data, check_samples
-from modicum.errors import InvalidInput, UsageError
+from modicum.errors import Diverged, UsageError
 from modicum.graph import Graph
 from modicum.lower import fisher_of
 from modicum.methods import Inspect, Observed, ObservingMethod
@@ -44,7 +44,8 @@ def observe(
     ICML 2024, eq. 2), in one backward pass that stops at the first value that the method probes
     and keeps those values alone (`inspection` is that pass as a plan).  The model is left alone.
     Raises UsageError where samples are missing, also of a class; InvalidInput for samples, or a
-    model, that do not belong to the graph.
+    model, that do not belong to the graph, and Diverged, which is one, for scores that are not
+    finite.
     """
     start = time.perf_counter()
     state: dict[str, Tensor] = {
@@ -93,7 +94,7 @@ def _scores(
         loss.backward()
     scores = {v: tuned.trained[fisher_of(v)].grad / len(x) for v in probes}
     if not all(bool(torch.isfinite(s).all()) for s in scores.values()):
-        raise InvalidInput(
+        raise Diverged(
             "the Fisher scores are not finite", why="activations or gradients are too large"
         )
     return {v: tuple(s.tolist()) for v, s in scores.items()}

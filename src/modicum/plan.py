@@ -264,6 +264,11 @@ def plan(
     """
     method = method or Full()
     optimizer = optimizer or SGD()
+    if samples is not None and not isinstance(samples, Observed):
+        raise UsageError(
+            f"samples of type {type(samples).__name__} have not been looked at",
+            hint="plan(..., samples=observe(model, graph, method, samples))",
+        )
     target = catalogue.get(board) if isinstance(board, str) else board
     if not 1 <= accumulate <= MOST_ACCUMULATED:
         raise UsageError(

@@ -6,6 +6,7 @@ only what is missing, and several processes may work in one folder.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -22,10 +23,9 @@ from pydantic import Field, ValidationError
 from torch import nn
 
 from modicum import __version__
-from modicum.adapt import Diverged
 from modicum.backward_cost import BackwardCost, backward_cost
 from modicum.capture import capture
-from modicum.errors import DoesNotFit, ModicumError, UsageError
+from modicum.errors import Diverged, DoesNotFit, ModicumError, UsageError
 from modicum.fewshot import Array, FineTune, fine_tune, observe_task, refresh, task_accuracy
 from modicum.graph import Frozen, Graph
 from modicum.heads import FewShot, few_shot, with_ways
@@ -205,7 +205,7 @@ class _Start:
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, name: str) -> None:
         self.name = name
-        self.model = model if isinstance(model, FewShot) else few_shot(model, 2)
+        self.model = copy.deepcopy(model) if isinstance(model, FewShot) else few_shot(model, 2)
         self.device = next(self.model.parameters()).device
         self.example = torch.zeros(1, *preprocess.shape, device=self.device)
         self._prepared: dict[str, tuple[FewShot, Graph]] = {}
@@ -336,7 +336,10 @@ class _Lab:
         began = time.perf_counter()
         seen = None
         if isinstance(method, ObservingMethod):
-            seen = observe_task(net, graph, method, support, contender.tune, seed=seed)
+            try:
+                seen = observe_task(net, graph, method, support, contender.tune, seed=seed)
+            except Diverged as error:
+                return TaskRun(inputs=inputs, ways=ways, accuracy=1 / ways, failed=error.what)
         made = plan(graph, None, method, self._optimizer(rate), samples=seen)
         run = TaskRun(
             inputs=inputs,

@@ -460,6 +460,7 @@ TABLES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("learning, s", "learning_s", ".2f"),
         ("share", "share", ".1%"),
         ("median share", "median_share", ".1%"),
+        ("of first tasks", "first_share", ".1%"),
     ),
     "rl_navigation": _RETURNS,
     "rl_cheetah": _RETURNS,

@@ -15,8 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import modicum as mo
-from modicum.adapt import Diverged
-from modicum.errors import InvalidInput, UsageError
+from modicum.errors import Diverged, InvalidInput, UsageError
 from modicum.fewshot import FineTune, fine_tune, task_accuracy
 from modicum.graph import Graph
 from modicum.heads import FewShot, few_shot, linear_from_prototypes

@@ -164,7 +164,9 @@ def test_prototypes_that_are_parameters_are_refreshed_all_the_same_and_not_train
 @pytest.mark.parametrize("ways", [2, 40])
 def test_with_ways_is_the_graph_of_a_model_with_so_many(ways):
     net = small_net()
-    assert with_ways(CAPTURED, ways) == mo.capture(few_shot(net, ways), IMAGE)
+    assert CAPTURED.hash  # which a copy with other ways must not take along
+    made, want = with_ways(CAPTURED, ways), mo.capture(few_shot(net, ways), IMAGE)
+    assert made == want and made.hash == want.hash != CAPTURED.hash
 
 
 CAPTURED = mo.capture(few_shot(small_net(), 5), IMAGE)

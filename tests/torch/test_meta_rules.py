@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 
 from modicum.errors import InvalidInput, UsageError
@@ -26,7 +27,7 @@ from modicum.meta import (
     load_learner,
     metatrain,
 )
-from modicum.meta.inner import gradient_steps
+from modicum.meta.inner import gradient_steps, output
 from modicum.meta.norms import MetaNorm
 from modicum.models import Conv4, ResNet12, SineNet
 from modicum.ops.attention import clip, most_kept
@@ -111,6 +112,42 @@ def test_the_first_order_gradient_is_that_of_the_last_weights():
         assert torch.allclose(g, here[name], atol=1e-8), name
     second = gradients(MAML(steps=2, rate=0.5).learner(net).train(), drawn)
     assert not torch.allclose(second["net.0.weight"], found["net.0.weight"])
+
+
+def test_the_loss_of_mamlpp_is_taken_after_every_step_by_its_importance():
+    learner, drawn = MAMLPP(steps=3, multi_step=0.5).learner(small()).double().train(), task()
+    xs, ys, xq, yq = (part[0] for part in drawn)
+    learner.progress = 0.2
+    after = learner.adapt(xs, ys, 3)
+    losses = [
+        nn.functional.cross_entropy(output(learner.net, params, xq, k), yq)
+        for k, params in enumerate(after, 1)
+    ]
+    shares = learner.importance()
+    assert min(shares) > 0 and sum(shares) == pytest.approx(1)
+    want = sum(v * float(loss.detach()) for v, loss in zip(shares, losses, strict=True))
+    assert float(learner(*drawn)[0].detach()) == pytest.approx(want, rel=1e-9)
+    learner.progress = 0.5
+    assert float(learner(*drawn)[0].detach()) == pytest.approx(float(losses[-1].detach()), rel=1e-9)
+
+
+def test_mamlpp_begins_with_first_order_gradients():
+    drawn, found = task(), {}
+    for label, rule in {
+        "early": MAMLPP(steps=2, rate=0.5, multi_step=0, first_order=0.5, norms="batch"),
+        "first": MAML(steps=2, rate=0.5, order="first"),
+        "second": MAML(steps=2, rate=0.5),
+    }.items():
+        torch.manual_seed(0)
+        learner = rule.learner(small()).double().train()
+        found[label] = gradients(learner, drawn)
+        if label == "early":
+            learner.progress = 0.5
+            found["late"] = gradients(learner, drawn)
+    for name, g in found["first"].items():
+        assert torch.allclose(g, found["early"][name], atol=1e-10), name
+        assert torch.allclose(found["second"][name], found["late"][name], atol=1e-10), name
+    assert not torch.allclose(found["early"]["net.0.weight"], found["late"]["net.0.weight"])
 
 
 @pytest.mark.parametrize("kind", ["maml", "anil", "boil", "maml++", "reptile", "p-meta"])
@@ -306,6 +343,11 @@ def pmeta(**fields) -> tuple[PMeta, nn.Module]:
     return rule, rule.learner(Conv4(3, 4, 1, 16))
 
 
+def test_norms_for_each_step_are_not_for_a_rule_that_moves_all():
+    with pytest.raises(ValidationError, match="norms"):
+        Reptile(norms="per-step")
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.7])
 @pytest.mark.parametrize("pruning", ["score", "random", "last"])
 def test_the_memory_limit_holds_in_every_inner_step(share, pruning):
@@ -335,7 +377,7 @@ def test_weights_are_kept_of_an_epoch_that_keeps_the_limit(tmp_path):
     data = load((np.zeros((60, 16, 16), np.uint8), np.arange(60) % 5))
     shown = Preprocess(size=16, mean=(0.5,), std=(0.5,))
     episode = FixedEpisodes(ways=3, shots=1, queries=2)
-    rule = PMeta(steps=2, rate=0.01, prune_from=0.5, prune_to=0.75)
+    rule = PMeta(steps=2, rate=0.01, prune_from=0.5, prune_to=0.9)
     config = MetaTrain(rule=rule, epochs=4, episodes=4, tasks=2, episode=episode, validation=2)
     trace = metatrain(Conv4(3, 4, 1, 16), data, shown, config, out=tmp_path, validation=data)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -345,9 +387,59 @@ def test_weights_are_kept_of_an_epoch_that_keeps_the_limit(tmp_path):
     assert not bool(learner.allowed.all())
 
 
-def test_a_limit_that_nothing_keeps_is_an_error():
-    _, learner = pmeta(ram=16)
-    learner.progress = 0.5
+def patterns(n: int = 60):
+    """A dataset of noise of 5 classes, and how it is shown."""
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 16, 16), dtype=np.uint8)
+    return load((pixels, np.arange(n) % 5)), Preprocess(size=16, mean=(0.5,), std=(0.5,))
+
+
+@pytest.mark.parametrize(("prune_to", "updates"), [(1.0, 3), (0.6, 1), (0.6, 2)])
+def test_a_training_ends_within_the_limit_however_short_it_is(tmp_path, prune_to, updates):
+    data, shown = patterns()
+    episode = FixedEpisodes(ways=3, shots=1, queries=2)
+    rule = PMeta(steps=2, rate=0.01, share=0.05, prune_to=prune_to)
+    config = MetaTrain(
+        rule=rule, epochs=1, warmup=0, episodes=2 * updates, tasks=2, episode=episode,
+        validation=2,
+    )  # fmt: skip
+    metatrain(Conv4(3, 4, 1, 16), data, shown, config, out=tmp_path, validation=data)
+    _, learner = load_learner(Conv4(3, 4, 1, 16), tmp_path / "learner.pt")
+    learner.keep_limits((1, 16, 16), 3, "cross_entropy")
+    memory = learner.memory
+    assert all(0 < memory.peak(learner.active(k)) <= learner.limit() for k in range(2))
+    assert (tmp_path / "method.json").exists()
+
+
+def test_the_last_entry_that_keeps_the_limit_does_not_fall_to_0():
+    _, learner = pmeta(share=0.05, prune_from=0.5, prune_to=1.0, rate=0.1)
+    drawn = tuple(part[-1] for part in task(dtype=torch.float32, size=16))
+    learner.after_update(*drawn)
+    memory, limit = learner.memory, learner.limit()
+    fit = [n for n in learner.layers if memory.peak(frozenset({n})) <= limit]
+    assert fit and len(fit) < len(learner.layers)
+    with torch.no_grad():
+        learner.alpha[[learner.layers.index(n) for n in fit], 1] = -0.01
+        learner.alpha[:, 2] = 0
+    learner.after_update(*drawn)
+    least = torch.tensor(1e-4)
+    assert torch.equal(learner.rates[learner.layers.index(fit[-1]), 1].detach(), least)
+    assert learner.active(2) == {fit[-1]}
+    learner.progress = 1.0
+    learner.after_update(*drawn)
+    assert learner.ready and learner.active(1) == {fit[-1]}
+
+
+def test_a_limit_is_that_of_the_largest_task():
+    _, learner = pmeta(share=0.3, prune_from=1.0, prune_to=1.0)
+    limits = []
+    for n in (2, 1, 3):
+        learner.after_update(*(part[-1] for part in task(n, dtype=torch.float32, size=16)))
+        limits.append(learner.limit())
+    assert limits[0] == limits[1] < limits[2]
+
+
+def test_a_limit_that_nothing_keeps_is_an_error_at_the_start():
+    _, learner = pmeta(ram=16, prune_from=0.9, prune_to=1.0)
     with pytest.raises(UsageError, match="no layer can be updated in 16 bytes"):
         learner.after_update(*(part[-1] for part in task(dtype=torch.float32, size=16)))
 

@@ -18,7 +18,8 @@ from torch import nn
 
 import modicum as mo
 from modicum.errors import InvalidInput, UsageError
-from modicum.meta import MetaTrain, ProtoNet, metatrain, train
+from modicum.live import LiveBytes
+from modicum.meta import MAMLPP, Episodes, MetaTrain, PMeta, ProtoNet, metatrain, train
 from modicum.tasks import Augment, FixedEpisodes, Preprocess, load
 
 SHOWN = Preprocess(size=6, mean=(0.5,), std=(0.5,))
@@ -46,6 +47,12 @@ def toy(seed: int = 0) -> mo.FewShot:
         nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3),
     )  # fmt: skip
     return mo.few_shot(net, 3)
+
+
+def plain() -> nn.Module:
+    """The same with a linear head, whose first layer p-Meta's limit does without."""
+    net = toy()
+    return nn.Sequential(*net.backbone[:-1], nn.Linear(8, 3))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -154,6 +161,47 @@ def test_without_validation_the_last_epoch_is_kept(tmp_path):
     assert trace.best == 2 and trace.validation == ()
 
 
+def test_validation_and_test_are_of_other_tasks(tmp_path, monkeypatch):
+    seeds = []
+    draw = Episodes.draw
+
+    def spy(source, seed, index, train=False):
+        seeds.append((seed, train))
+        return draw(source, seed, index, train)
+
+    monkeypatch.setattr(Episodes, "draw", spy)
+    metatrain(toy(), DATA, SHOWN, SHORT, out=tmp_path, validation=HELD, test=HELD, test_tasks=4)
+    judged = [seed for seed, train in seeds if not train and seed]
+    assert len(judged) == 3 * 4 + 4
+    assert len(set(judged[:12])) == len(set(judged[12:])) == 1 and judged[0] != judged[-1]
+
+
+def test_tasks_of_several_sizes_are_refused_where_they_cannot_be(tmp_path):
+    several = SHORT.model_copy(update={"episode": RULE.model_copy(update={"ways": (2, 4)})})
+    with pytest.raises(UsageError, match="the model has 3 outputs, and tasks have 4 ways"):
+        metatrain(plain(), DATA, SHOWN, several.model_copy(update={"rule": MAMLPP(steps=1)}),
+                  out=tmp_path)  # fmt: skip
+    at_once = several.model_copy(update={"tasks": 2, "together": 2})
+    with pytest.raises(UsageError, match="2 to 4 ways are not computed at once"):
+        metatrain(toy(), DATA, SHOWN, at_once, out=tmp_path)
+    metatrain(toy(), DATA, SHOWN, several, out=tmp_path)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_an_update_of_more_tasks_takes_no_more_memory(tmp_path, together):
+    """But for what the largest of them holds: gradients are summed, graphs are let go."""
+    peaks = {}
+    for tasks in (2, 8):
+        config = SHORT.model_copy(
+            update={"rule": MAMLPP(steps=2), "episodes": tasks, "tasks": tasks, "warmup": 0,
+                    "epochs": 1, "together": together}
+        )  # fmt: skip
+        with LiveBytes() as live:
+            metatrain(plain(), DATA, SHOWN, config, out=tmp_path / str(tasks))
+        peaks[tasks] = live.peak
+    assert peaks[8] <= 1.02 * peaks[2]
+
+
 # ---- going on ------------------------------------------------------------------------------------
 
 
@@ -171,6 +219,29 @@ def test_after_an_interruption_the_weights_are_bit_identical(tmp_path, stopped, 
     resumed = metatrain(again, DATA, SHOWN, config, out=tmp_path / "b", validation=HELD)
     assert same(again.state_dict(), whole.state_dict())
     assert resumed.model_copy(update={"seconds": 0}) == trace.model_copy(update={"seconds": 0})
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        PMeta(steps=2, rate=0.05, share=0.2, prune_from=0.1, prune_to=0.9),
+        MAMLPP(steps=2, rate=0.05, multi_step=0.9, first_order=0.2),
+    ],
+    ids=lambda rule: rule.kind,
+)
+def test_step_sizes_pruning_and_the_state_of_adam_go_on_too(tmp_path, stopped, rule):
+    config = SHORT.model_copy(update={"rule": rule, "optimizer": "adam", "warmup": 0})
+    whole, again = plain(), plain()
+    trace = metatrain(whole, DATA, SHOWN, config, out=tmp_path / "a", validation=HELD)
+    stopped(2)
+    with pytest.raises(KeyboardInterrupt):
+        metatrain(plain(), DATA, SHOWN, config, out=tmp_path / "b", validation=HELD)
+    stopped(99)
+    resumed = metatrain(again, DATA, SHOWN, config, out=tmp_path / "b", validation=HELD)
+    assert same(again.state_dict(), whole.state_dict())
+    assert resumed.losses == trace.losses and resumed.validation == trace.validation
+    states = [torch.load(tmp_path / n / "learner.pt", weights_only=True) for n in ("a", "b")]
+    assert same(states[0]["learner"], states[1]["learner"])
 
 
 def test_a_training_that_is_done_is_not_done_again(tmp_path, stopped):
@@ -293,8 +364,8 @@ TWO = """
 import os, sys
 sys.path.insert(0, {here!r})
 import torch
-from test_metatrain import DATA, HELD, SHORT, SHOWN, toy
-from modicum.meta import ProtoNet, metatrain
+from test_metatrain import DATA, HELD, SHORT, SHOWN, plain, toy
+from modicum.meta import MAMLPP, PMeta, ProtoNet, metatrain
 torch.set_num_threads(1)
 for norms, tasks in (("frozen", 1), ("batch", 1), ("frozen", 2)):
     config = SHORT.model_copy(
@@ -303,12 +374,18 @@ for norms, tasks in (("frozen", 1), ("batch", 1), ("frozen", 2)):
     net, out = toy(), os.path.join({out!r}, norms + (str(tasks) if tasks > 1 else ""))
     trace = metatrain(net, DATA, SHOWN, config, out=out, validation=HELD)
     torch.save((net.state_dict(), trace.model_dump()), out + "/rank" + os.environ["RANK"])
+for rule in (PMeta(steps=2, rate=0.05, share=0.2, prune_from=0.1, prune_to=0.3), MAMLPP(steps=2)):
+    config = SHORT.model_copy(update={{"rule": rule, "epochs": 2, "warmup": 0.5}})
+    net, out = plain(), os.path.join({out!r}, rule.kind)
+    trace = metatrain(net, DATA, SHOWN, config, out=out, validation=HELD)
+    torch.save((net.state_dict(), trace.model_dump()), out + "/rank" + os.environ["RANK"])
 """
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """Folders frozen, batch and frozen2, each with what came of it in rank0 and rank1.
+    """Folders frozen, batch, frozen2, p-meta and maml++, each with what came of it in rank0 and
+    rank1.
 
     In frozen2 each process takes two tasks an update.
     """
@@ -326,14 +403,15 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("norms", ["frozen", "batch", "frozen2"])
+@pytest.mark.parametrize("norms", ["frozen", "batch", "frozen2", "p-meta", "maml++"])
 def test_all_processes_end_with_the_same_weights(two_processes, norms):
     first, second = (
         torch.load(two_processes / norms / f"rank{k}", weights_only=True) for k in (0, 1)
     )
     assert same(first[0], second[0])
     assert first[1]["losses"] == second[1]["losses"]
-    assert not same(first[0], toy().state_dict())
+    begun = (plain() if norms in ("p-meta", "maml++") else toy()).state_dict()
+    assert not any(torch.equal(first[0][k], w) for k, w in begun.items() if k.endswith("0.weight"))
 
 
 @pytest.mark.parametrize(("folder", "tasks"), [("frozen", 1), ("frozen2", 2)])

@@ -146,6 +146,19 @@ def test_on_a_board_gradients_are_summed_beside_one_sample():
     assert graph.values["blocks.0.0"].bytes + 4 * weights < cost.board < cost.forward + 4 * weights
 
 
+def test_on_a_board_samples_pass_twice_where_attention_chooses():
+    x, y = torch.randn(6, 1, 16, 16), torch.arange(6) % 3
+    costs = {}
+    for channels in ("both", "none"):
+        torch.manual_seed(0)
+        net = Conv4(3, 4, 1, 16)
+        rule = PMeta(steps=2, rate=0.1, norms="frozen", channels=channels, rho=1.0)
+        costs[channels] = adaptation_cost(net, rule.learner(net).eval(), (x, y))
+    plain, twice = costs["none"], costs["both"]
+    assert plain.board_macs == plain.macs < 1.5 * plain.macs < twice.board_macs
+    assert twice.board_macs <= 2 * twice.macs
+
+
 def test_moments_of_parts_are_those_of_the_whole():
     torch.manual_seed(0)
     x = 100 + torch.randn(9, 4, 5, 3)

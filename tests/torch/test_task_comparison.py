@@ -321,6 +321,17 @@ def test_a_method_that_diverges_counts_as_a_guess_and_is_listed(tmp_path):
     assert last_row.failed == {} and "wild, letters 1  the loss is not finite" in str(made)
 
 
+def test_a_task_whose_scores_are_not_finite_counts_as_a_guess(tmp_path):
+    broken = net()
+    with torch.no_grad():
+        for p in broken.parameters():
+            p.mul_(1e20)
+    given = {"tinytrain": TINY}
+    made = compared(tmp_path, models={"broken": broken}, contenders=given, tasks=1)
+    assert set(made.rows[0].failed) == {"signs 0", "letters 0"}
+    assert "scores are not finite" in made.rows[0].failed["signs 0"]
+
+
 def test_a_method_that_does_not_apply_is_left_out(tmp_path):
     lean = TINY.model_copy(update={"method": mo.TinyTrain(ram=100)})
     blocks = Contender(method=mo.MobileTL(), tune=QUICK)
@@ -350,10 +361,11 @@ def test_models_are_left_alone_and_a_classifier_becomes_a_few_shot_model(tmp_pat
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 5))
     before = {k: v.clone() for k, v in plain.state_dict().items()}
-    few = net()
+    few = net().train()
     kept = {k: v.clone() for k, v in few.state_dict().items()}
     made = compared(tmp_path, models={"linear": plain, "few": few}, tasks=1,
                     contenders={"none": NONE, "last": LAST})  # fmt: skip
     assert [row.model for row in made.rows] == ["linear"] * 2 + ["few"] * 2
     assert all(torch.equal(v, before[k]) for k, v in plain.state_dict().items())
     assert all(torch.equal(v, kept[k]) for k, v in few.state_dict().items())
+    assert all(module.training for module in few.modules())

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import modicum as mo
 from modicum.apply import Tuned
 from modicum.errors import DoesNotFit, InvalidInput, UsageError
-from modicum.graph import Graph, Node
-from modicum.heads import FewShot, few_shot
+from modicum.graph import Graph, Node, Param
+from modicum.heads import FewShot, few_shot, with_ways
 from modicum.methods import Observed, SparseUpdate, TinyTrain
 from modicum.methods.layers import head_of, layers
 from modicum.models import MODELS
@@ -390,6 +390,25 @@ def test_samples_whose_scores_are_not_finite_are_refused():
     x, y = data("mlp", 4)
     with pytest.raises(InvalidInput, match="the Fisher scores are not finite"):
         observe(model, mo.capture(model, torch.zeros(1, 7)), TinyTrain(), (x * 1e25, y))
+
+
+def test_a_graph_for_other_ways_has_an_inspection_of_its_own():
+    model, graph = net("norms", "cosine")
+    samples = data("norms", 8)
+    observe(model, graph, TinyTrain(), samples)  # the inspection of this graph is remembered
+    wide, x, y = model.of_ways(6), np.repeat(samples[0], 3, 0)[:12], np.arange(12) % 6
+    seen = observe(wide, with_ways(graph, 6), TinyTrain(), (x, y))
+    fresh = mo.capture(wide, torch.zeros(1, 3, 5, 5))
+    assert seen.fisher == observe(wide, fresh, TinyTrain(), (x, y)).fisher
+
+
+def test_a_graph_that_has_the_name_of_a_probe_is_refused():
+    graph = net("norms", "linear")[1]
+    value, *_ = TinyTrain().probes(graph)
+    score = Param(name=f"{value}.fisher", shape=(6,), trainable=False)
+    strange = graph.model_copy(update={"params": {**graph.params, score.name: score}})
+    with pytest.raises(UsageError, match="the name of a probe"):
+        inspection(strange, TinyTrain().probes(strange))
 
 
 def test_a_method_that_scores_channels_says_that_it_needs_samples():

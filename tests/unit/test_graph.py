@@ -54,6 +54,14 @@ def test_a_graph_cannot_be_changed():
         GRAPH.output = "act"
 
 
+def test_a_copy_with_changes_does_not_take_along_what_was_derived():
+    assert GRAPH.hash and GRAPH.by_name and GRAPH.consumers
+    nodes = tuple(n.model_copy(update={"module": "elsewhere"}) for n in GRAPH.nodes)
+    changed = GRAPH.model_copy(update={"nodes": nodes})
+    assert changed.hash != GRAPH.hash and changed.by_name[GRAPH.output].module == "elsewhere"
+    assert GRAPH.model_copy().hash == GRAPH.hash
+
+
 @settings(max_examples=30)
 @given(graphs.graphs())
 def test_a_generated_graph_comes_back_from_its_json_with_the_same_hash(graph):

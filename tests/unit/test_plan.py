@@ -301,6 +301,19 @@ def test_a_plan_with_another_graph_is_refused():
         Plan.from_json(signed(wrong))
 
 
+def test_a_copy_with_another_decision_has_its_own_programs():
+    more = PLAN.model_copy(update={"accumulate": 1})
+    assert PLAN.programs[0].accumulate == 2 and more.programs[0].accumulate == 1
+    with pytest.raises(InvalidInput):
+        more.check()
+
+
+def test_samples_that_were_not_looked_at_are_refused_with_what_looks_at_them():
+    with pytest.raises(UsageError, match="samples of type tuple") as error:
+        mo.plan(GRAPH, None, mo.TinyTrain(), samples=([1.0], [0]))
+    assert "observe(model, graph, method, samples)" in str(error.value)
+
+
 def test_offsets_that_overlap_are_refused_with_the_step():
     wrong = copy.deepcopy(JSON)
     offsets = wrong["patterns"][0]["offsets"]

@@ -47,7 +47,8 @@ def adaptation_cost(
     programs = [made.programs[i] for i in patterns]
     peaks = [dynamic_bytes(p, n) for p in programs]
     streams = [streaming(p, n) for p in programs]
-    macs = n * sum(m.forward + m.dx + m.dw for p in programs for m in p.macs.values())
+    macs = n * sum(map(_macs, programs))
+    looks = [made.looks[i] for i in patterns]
     whole, streamed = (_measured(net, made, learner.judged, x, y, chunk) for chunk in (None, 1))
     return AdaptationCost(
         samples=n,
@@ -64,6 +65,7 @@ def adaptation_cost(
         measured_streamed=streamed[0],
         streamed_macs=macs + n * sum(s.again for s in streams),
         board=max(_on_board(p) for p in (*summed.programs, *summed.looks) if p is not None),
+        board_macs=macs + n * sum(_macs(look) for look in looks if look is not None),
     )
 
 
@@ -78,7 +80,12 @@ def _of_predicting(memory: StepMemory, n: int) -> AdaptationCost:
         streamed=streaming(program, n).peak,
         streamed_macs=macs,
         board=_on_board(program),
+        board_macs=macs,
     )
+
+
+def _macs(program: Program) -> int:
+    return sum(m.forward + m.dx + m.dw for m in program.macs.values())
 
 
 def _on_board(program: Program) -> int:

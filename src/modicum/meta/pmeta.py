@@ -31,10 +31,12 @@ class PMeta(MAML):
     """Inner rule, for layer l and step k: w_l <- w_l - alpha_l^k gamma_l (.) g(w_l).
     Outer rule: a gradient step on sum_tasks L(w_K; query) by w, alpha and the attention.
 
-    - alpha_l^k >= 0, `rate` at first, is learned.  An entry that falls to 0 stays there.  From
-      `prune_from` to `prune_to` of the training a limit on the peak dynamic memory of a step falls
+    - alpha_l^k >= 0, `rate` at first, is learned.  An entry that falls to 0 stays there, but for
+      the last one of a step that keeps the limit.  From `prune_from` to `prune_to` of the training
+      a limit on the peak dynamic memory of a step's backward pass, what it keeps included, falls
       from that of all layers to `ram` bytes (or to the `share` of it); in every step that is over
       the limit the entry with the smallest alpha / (bytes that the peak falls by without it) goes.
+      What a forward pass holds for a moment no choice of layers lowers: it has no limit.
     - gamma_l = gamma^bw x gamma^fw: one score for each output channel, from the gradient of the
       layer's output, and one for each input channel, from its input; a softmax over channels, of
       which the largest are kept until their sum exceeds `rho` (`clip`).  `channels` names the
@@ -69,7 +71,7 @@ class PMeta(MAML):
 
     @property
     def limit(self) -> int | None:
-        """The peak dynamic memory in bytes, if it is given that way."""
+        """The peak dynamic memory of a backward pass in bytes, if it is given that way."""
         return None if self.ram is None else parse_size(self.ram)
 
     def learner(self, net: nn.Module) -> PMetaLearner:
@@ -197,7 +199,11 @@ class PMetaLearner(GradientLearner):
         return found
 
     def _output_shapes(self, x: Tensor) -> dict[str, torch.Size]:
-        """Of every layer; a pass without gradients, on samples of zeros, once for each shape."""
+        """Of every layer; a pass without gradients, on samples of zeros, once for each shape.
+
+        What dropout draws there nothing after it may notice: a training that goes on makes this
+        pass at another time.
+        """
         key = tuple(x.shape)
         if getattr(self, "_shapes", (None, {}))[0] != key:
             shapes: dict[str, torch.Size] = {}
@@ -205,7 +211,12 @@ class PMetaLearner(GradientLearner):
             def record(name: str, x: Tensor, out: Tensor) -> None:
                 shapes[name] = out.shape
 
-            with torch.no_grad(), _hooked(self.net, self.layers, record):
+            devices = [x.device] if x.device.type == "cuda" else []
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices=devices),
+                _hooked(self.net, self.layers, record),
+            ):
                 self.net(torch.zeros(key, dtype=x.dtype, device=x.device))
             self._shapes = (key, shapes)
         return self._shapes[1]
@@ -218,19 +229,45 @@ class PMetaLearner(GradientLearner):
         self.keep_limits(tuple(xs.shape[1:]), len(xs), loss)
 
     def keep_limits(self, sample: tuple[int, ...], samples: int, loss: LossName) -> None:
-        """Let alpha not be negative, and prune it by the limit on so many samples of a shape."""
-        with torch.no_grad():
-            self.alpha.clamp_(min=0)
-            self.allowed &= self.alpha > 0
-        if self.memory is None:
+        """Let alpha not be negative, and prune it by the limit on so many samples of a shape.
+
+        The limit is that of the largest task so far.  Raises UsageError for one that no layer
+        keeps.
+        """
+        if self.memory is None or self.memory.samples < samples:
             self.memory = StepMemory(
                 *(self.plain[0], sample, samples, self.slices()),
                 batch_norms=self.norms != "frozen", loss=loss,
             )  # fmt: skip
+            self._check_limit()
+        with torch.no_grad():
+            self.alpha.clamp_(min=0)
+            for k in range(self.steps):
+                self._keep_one(k)
+            self.allowed &= self.alpha > 0
         limit = self.limit_now()
         if limit is not None:
             for k in range(self.steps):
                 self.prune(k, limit)
+
+    def _check_limit(self) -> None:
+        """Raise UsageError, at the start and not where pruning ends, for too low a limit."""
+        memory, limit = self.memory, self.limit()
+        assert memory is not None
+        least = min(self.layers, key=lambda name: memory.peak(frozenset({name})))
+        if (peak := memory.peak(frozenset({least}))) > limit:
+            raise _too_low(limit, peak, least)
+
+    def _keep_one(self, k: int) -> None:
+        """Step k updates something: where every entry that keeps the limit has fallen to 0, the
+        last of them stays, with a thousandth of `rate`, from which it may rise again."""
+        memory, limit = self.memory, self.limit()
+        assert memory is not None
+        fit = [n for n in self.layers if n in self.active(k)]
+        fit = [n for n in fit if memory.peak(frozenset({n})) <= limit]
+        rows = [self.layers.index(name) for name in fit]
+        if rows and not bool((self.alpha[rows, k] > 0).any()):
+            self.alpha[rows[-1], k] = self.rule.rate / 1000
 
     def limit_now(self) -> int | None:
         """The limit on the peak dynamic memory of a step at this point of the training."""
@@ -263,12 +300,8 @@ class PMetaLearner(GradientLearner):
         assert self.memory is not None
         while (peak := self.memory.peak(self.active(k))) > limit:
             active = self.active(k)
-            if len(active) < 2:
-                raise UsageError(
-                    f"no layer can be updated in {limit} bytes of dynamic memory",
-                    why=f"step {k} needs {peak} with {next(iter(active), 'none')} alone",
-                    hint="a larger ram or share",
-                )
+            if len(active) < 2:  # where a larger task has come
+                raise _too_low(limit, peak, next(iter(active), "none"))
             self.allowed[self.layers.index(self._weakest(active, k)), k] = False
 
     def _weakest(self, active: frozenset[str], k: int) -> str:
@@ -294,6 +327,14 @@ class PMetaLearner(GradientLearner):
         """The layers that step k updates."""
         flags = self.allowed[:, k].tolist()
         return frozenset(n for n, flag in zip(self.layers, flags, strict=True) if flag)
+
+
+def _too_low(limit: int, peak: int, layer: str) -> UsageError:
+    return UsageError(
+        f"no layer can be updated in {limit} bytes of dynamic memory",
+        why=f"a step needs {peak} with {layer} alone",
+        hint="a larger ram or share",
+    )
 
 
 def _added(layer: str) -> str:

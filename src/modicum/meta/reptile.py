@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from modicum.meta.inner import Params, detached, gradient_steps, loss_of, output, own_params
 from modicum.meta.learner import GradientLearner, Rule
 from modicum.meta.maml import InnerRate, Steps
-from modicum.meta.norms import Norms
 
 
 class Reptile(Rule):
@@ -33,7 +32,7 @@ class Reptile(Rule):
     steps: Annotated[int, Field(ge=1)] = 5
     rate: InnerRate = 0.1
     judged: Steps = 20
-    norms: Norms = "batch"
+    norms: Literal["batch", "frozen"] = "batch"  # the inner rule moves all, per-step ones are not
 
     def learner(self, net: nn.Module) -> ReptileLearner:
         return ReptileLearner(self, net)

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from modicum.meta.config import MetaTrace, MetaTrain, Scores
 from modicum.meta.files import check_inputs, read_state, weights_hash, write_state
 from modicum.meta.learner import GradientLearner, Learner
 from modicum.meta.plans import method_of
+from modicum.meta.pmeta import PMetaLearner
 from modicum.meta.rules import AnyRule
 from modicum.meta.sources import Drawn, Episodes, TaskSource
 from modicum.tasks import Labelled, Preprocess
 from modicum.units import percent
 
-TEST_SEED = 2_718_281
-"""Of tasks to be judged on: none of those that are trained on."""
+TEST_SEED, VALIDATION_SEED = 2_718_281, 1_618_033
+"""Of tasks to be judged on, and of those to choose an epoch by: none that are trained on."""
 
 
 def metatrain(
@@ -113,7 +114,13 @@ def load_learner(net: nn.Module, path: str | Path) -> tuple[AnyRule, Learner]:
 
 
 def judge(
-    learner: Learner, source: TaskSource, tasks: int = 600, *, first: int = 0, every: int = 1
+    learner: Learner,
+    source: TaskSource,
+    tasks: int = 600,
+    *,
+    first: int = 0,
+    every: int = 1,
+    seed: int = TEST_SEED,
 ) -> list[float]:
     """The scores of a learner on tasks `first`, `first` + `every`, .. below `tasks` of a source.
 
@@ -124,7 +131,7 @@ def judge(
     scores = []
     with torch.no_grad():
         for index in range(first, tasks, every):
-            drawn = tensors([source.draw(TEST_SEED, index)], device)
+            drawn = tensors([source.draw(seed, index)], device)
             loss, outputs = learner(*drawn)
             scores.append(_score(loss, outputs, drawn[3]))
     return scores
@@ -161,7 +168,11 @@ class _Run:
         self.wrapped: nn.Module = self.learner
         if world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.wrapped = nn.parallel.DistributedDataParallel(self.learner, device_ids=ids)
+            # attention of a layer that no step updates any more gets no gradient
+            pruned = isinstance(self.learner, PMetaLearner)
+            self.wrapped = nn.parallel.DistributedDataParallel(
+                self.learner, device_ids=ids, find_unused_parameters=pruned
+            )
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.seconds = 0.0
@@ -170,7 +181,8 @@ class _Run:
     def train(self) -> MetaTrace:
         for source in (self.source, self.validation):  # says now what does not fit
             if source is not None:
-                self.labels = _check_outputs(self.net, source.draw(0, 0))
+                self.labels = _check_outputs(self.net, source)
+                _check_sizes(source, self.config.together)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
         board = _tensorboard(self.folder) if self.rank == 0 else None
@@ -216,9 +228,12 @@ class _Run:
         """What a plan is made with, where one says what the rule has learned."""
         if not isinstance(self.learner, GradientLearner) or not self.learner.judged:
             return
-        with suppress(UsageError):
-            method = method_of(self.learner)
-            (self.folder / "method.json").write_text(method.model_dump_json(indent=1) + "\n")
+        path = self.folder / "method.json"
+        path.unlink(missing_ok=True)  # of an earlier end
+        try:
+            path.write_text(method_of(self.learner).model_dump_json(indent=1) + "\n")
+        except UsageError as error:
+            print(f"no {path}: {error.what}", file=sys.stderr, flush=True)
 
     def best_epoch(self) -> int:
         """The one with the best validation score, if that counts, of those that keep all limits;
@@ -264,6 +279,7 @@ class _Run:
                 nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            self.learner.progress = (update + 1) / config.updates
             self.learner.after_update(*(part[-1] for part in drawn))
         loss_, score = self.mean([float(np.mean(losses)), float(np.mean(scores))])
         return {"epoch": epoch, "loss": loss_, **({"accuracy": score} if self.labels else {})}
@@ -276,16 +292,17 @@ class _Run:
 
     def validate(self) -> float:
         assert self.validation is not None
-        return self._judged(self.validation, self.config.validation)[0]
+        return self._judged(self.validation, self.config.validation, VALIDATION_SEED)[0]
 
     def test(self, source: TaskSource, tasks: int) -> Scores:
         """Over all processes; the same in each."""
-        mean, spread = self._judged(source, tasks)
+        mean, spread = self._judged(source, tasks, TEST_SEED)
         return Scores(tasks=tasks, mean=mean, interval=spread, labels=self.labels)
 
-    def _judged(self, source: TaskSource, tasks: int) -> tuple[float, float]:
+    def _judged(self, source: TaskSource, tasks: int, seed: int) -> tuple[float, float]:
         """(mean, half of the 95 % interval of it)."""
-        scores = np.array(judge(self.learner, source, tasks, first=self.rank, every=self.world))
+        part = {"first": self.rank, "every": self.world}
+        scores = np.array(judge(self.learner, source, tasks, **part, seed=seed))
         total, squares, n = self.mean(
             [float(scores.sum()), float((scores**2).sum()), float(len(scores))]
         )
@@ -393,18 +410,30 @@ def _source(
     return Episodes(given, preprocess, config.episode, config.augment)
 
 
-def _check_outputs(net: nn.Module, drawn: Drawn) -> bool:
+def _check_sizes(source: TaskSource, together: int) -> None:
+    """Raise UsageError for tasks of several sizes that are to be computed at once."""
+    if together > 1 and isinstance(source, Episodes) and len(set(source.rule.range)) > 1:
+        raise UsageError(
+            "tasks of {} to {} ways are not computed at once".format(*source.rule.range),
+            hint="--together 1, or one number of --ways",
+        )
+
+
+def _check_outputs(net: nn.Module, source: TaskSource) -> bool:
     """Whether tasks are of labels; raise UsageError where the net has too few outputs for them."""
-    xs, ys, _, _ = drawn
+    xs, ys, _, _ = source.draw(0, 0)
     labels = not np.issubdtype(ys.dtype, np.floating)
     if labels and not isinstance(net, FewShot):
         training, device = net.training, next(net.parameters()).device
         with torch.no_grad():
             outputs = net.eval()(torch.from_numpy(xs[:1]).to(device)).shape[-1]
         net.train(training)
-        if outputs <= ys.max():
+        ways = int(ys.max()) + 1
+        if isinstance(source, Episodes):  # up to the classes that there are
+            ways = max(ways, min(source.rule.range[1], len(source.dataset.classes)))
+        if outputs < ways:
             raise UsageError(
-                f"the model has {outputs} outputs, and tasks have {int(ys.max()) + 1} ways",
+                f"the model has {outputs} outputs, and tasks have {ways} ways",
                 hint="a head with an output for each way, or fewer --ways",
             )
     return labels

@@ -207,6 +207,7 @@ class _Run:
             config.outer,
         )
         if isinstance(learner, PMetaLearner):
+            learner.progress = (number + 1) / config.iterations
             samples = config.episodes * self.environment.horizon
             learner.keep_limits((self.environment.observations,), samples, "mse")
         means = tuple(float(got.mean()) for _, got in done)
