@@ -32,12 +32,23 @@ if TYPE_CHECKING:
     from modicum.optim import SGD, Adam
     from modicum.plan import Plan
     from modicum.task_comparison import Contender, Domain
-    from modicum.tasks import Augment, FixedEpisodes, Preprocess
+    from modicum.tasks import Augment, EpisodeRule, FixedEpisodes, Preprocess
 
 Shape = tuple[int, ...]
 
 PAPERS_BATCH = {"full": 100, "tinytl": 100}
 """Samples at once by which TinyTrain's tables count a method's memory; for others it is 1."""
+TASK_METHODS = (
+    "none,head,last,bias,tinytl,tinytl:drop=0.25,tinytl:drop=0.5,tinytl:drop=0.75,tinytrain,full,"
+    "transductive"
+)
+"""What is compared on tasks where nothing else is said; drop is AdapterDrop."""
+SCHEMES = {
+    "mcunet-5fps": "mcunet-99kb",
+    "mbv2-w0.35": "mbv2-99kb",
+    "proxyless-w0.3": "proxyless-98kb",
+}
+"""The published schemes of SparseUpdate that are compared too, by the net that they are for."""
 HELD_BACK = 0.25
 """Share of the classes that rates are chosen on, where there are no others."""
 
@@ -349,9 +360,16 @@ def parse_tune(iterations: int | None, prototypes: str, fields: Sequence[str]) -
     return _valid(FineTune, values, "fine-tuning")
 
 
+def task_methods(model: str) -> str:
+    """All methods for few-shot tasks of a model, as a list for `parse_contenders`."""
+    scheme = SCHEMES.get(model)
+    return TASK_METHODS + (f",sparse_update:scheme={scheme}" if scheme else "")
+
+
 def parse_contenders(text: str, rates: tuple[float, ...], tune: FineTune) -> dict[str, Contender]:
-    """Methods on tasks by how they are written: `none` trains nothing, `transductive` is full
-    with the entropy of the predictions for the queries.
+    """Methods on tasks by how they are written: `none` trains nothing, `head` a linear head that
+    begins with the prototypes, `transductive` is full with the entropy of the predictions for the
+    queries.
     """
     from modicum.task_comparison import Contender
 
@@ -362,25 +380,41 @@ def parse_contenders(text: str, rates: tuple[float, ...], tune: FineTune) -> dic
             found[spec] = Contender()
             continue
         used = tune
+        head = "linear" if name == "head" else "cosine"
+        if name == "head":
+            name = "last"
         if name == "transductive":
             name, used = "full", tune.model_copy(update={"entropy": tune.entropy or 1.0})
         method = parse_method(name + colon + rest, [])
         batch = PAPERS_BATCH.get(method.model_dump()["kind"], 1)
-        values = {"method": method, "tune": used, "rates": rates, "batch": batch}
+        values = {"method": method, "tune": used, "rates": rates, "batch": batch, "head": head}
         found[spec] = _valid(Contender, values, f"method {spec}")
     return found
 
 
-def parse_episodes(ways: str, shots: int, queries: int) -> FixedEpisodes:
+def parse_episodes(ways: str, shots: str, queries: int) -> FixedEpisodes:
     """Tasks from their flags; ways are a number, or a range as 5-10."""
-    from modicum.tasks import FixedEpisodes
+    rule = parse_any_episodes(ways, shots, queries)
+    if rule.kind != "fixed":
+        raise UsageError(f"--shots {shots} is not a number", hint="--shots 5")
+    return rule
+
+
+def parse_any_episodes(ways: str, shots: str, queries: int) -> EpisodeRule:
+    """The same; with `various` shots ways and shots are drawn by Meta-Dataset's rules."""
+    from modicum.tasks import FixedEpisodes, VariousEpisodes
 
     parts = ways.split("-")
     if len(parts) > 2 or not all(p.isdigit() for p in parts):
         raise UsageError(f"--ways {ways} is neither a number nor a range", hint="--ways 5-10")
     known = int(ways) if len(parts) == 1 else tuple(map(int, parts))
-    values = {"ways": known, "shots": shots, "queries": queries}
-    return _valid(FixedEpisodes, values, "--ways, --shots, --queries")
+    where = "--ways, --shots, --queries"
+    if shots == "various":
+        both = known if isinstance(known, tuple) else (known, known)
+        return _valid(VariousEpisodes, {"ways": both, "queries": queries}, where)
+    if not shots.isdigit():
+        raise UsageError(f"--shots {shots} is neither a number nor 'various'", hint="--shots 5")
+    return _valid(FixedEpisodes, {"ways": known, "shots": int(shots), "queries": queries}, where)
 
 
 def parse_metatrain(values: dict[str, Any]) -> MetaTrain:
@@ -495,14 +529,14 @@ def load_to_metatrain(spec: str, shape: str, weights: Path | None, config: MetaT
 
 
 def few_shot_models(
-    spec: str, shape: str, weights: Path | None, meta: Path | None, rule: FixedEpisodes
+    spec: str, shape: str, weights: Path | None, meta: Path | None, rule: EpisodeRule
 ) -> dict[str, nn.Module]:
     """What methods on tasks start from: a network as it is given, and with weights of `meta`."""
     files = {"as given": weights} | ({} if meta is None else {"meta-trained": meta})
     return {name: load_few_shot(spec, shape, file, rule) for name, file in files.items()}
 
 
-def load_few_shot(spec: str, shape: str, weights: Path | None, rule: FixedEpisodes) -> FewShot:
+def load_few_shot(spec: str, shape: str, weights: Path | None, rule: EpisodeRule) -> FewShot:
     """A few-shot network for tasks of a rule."""
     from modicum.methods import Full
 
@@ -515,7 +549,7 @@ def task_domains(
     test: Sequence[Path],
     validation: Path | None,
     contenders: dict[str, Contender],
-    rule: FixedEpisodes,
+    rule: EpisodeRule,
 ) -> tuple[dict[str, Domain], dict[str, Domain], str]:
     """(where tasks come from, where rates are chosen, what to say of the latter).
 

@@ -34,6 +34,7 @@ from modicum.arguments import (
     model_of_plan,
     no_data,
     observed,
+    parse_any_episodes,
     parse_augment,
     parse_case,
     parse_choice,
@@ -55,6 +56,7 @@ from modicum.arguments import (
     shape_text,
     split_methods,
     task_domains,
+    task_methods,
 )
 from modicum.errors import Bug, ModicumError, ParityError, UsageError
 
@@ -252,7 +254,7 @@ def metatrain(
     from modicum.meta import metatrain as train
     from modicum.tasks import load
 
-    episode = parse_episodes(ways, shots, queries)
+    episode = parse_episodes(ways, str(shots), queries)
     given = {"tasks": tasks, "optimizer": optimizer or None, "rate": rate, "warmup": warmup}
     config = parse_metatrain({
         **{key: value for key, value in given.items() if value is not None},
@@ -558,7 +560,7 @@ def compare(
         str,
         typer.Option(
             help="Methods, such as full,last:n=3,bias, or JSON files; see `methods`. "
-            "With --tasks also none and transductive."
+            "With --tasks also none and transductive, and all of them if nothing is said."
         ),
     ] = "",
     rules: Annotated[
@@ -601,7 +603,9 @@ def compare(
         int | None, typer.Option(min=1, help="Learn so many few-shot tasks of each set of images.")
     ] = None,
     ways: Annotated[str, typer.Option(help="Classes of a task: 5, or a range.")] = "5-10",
-    shots: Annotated[int, typer.Option(min=1, help="Support images of each class.")] = 5,
+    shots: Annotated[
+        str, typer.Option(help="Support images of each class; or various, as in Meta-Dataset.")
+    ] = "5",
     queries: Annotated[int, typer.Option(min=1, help="Query images of each class.")] = 10,
     iterations: Iterations = None,
     prototypes: Prototypes = "",
@@ -621,6 +625,8 @@ def compare(
     from modicum.comparison import compare_methods
     from modicum.tasks import load, split
 
+    if not methods and not rules and tasks is not None:
+        methods = task_methods(model)
     if bool(methods) == bool(rules):
         raise UsageError("compare what?", hint="--methods full,last:n=3 or --rules maml,p-meta")
     if rules:
@@ -651,11 +657,11 @@ def compare(
     if tasks is not None:
         learning = parse_tune(iterations, prototypes, tune or [])
         contenders = parse_contenders(methods, rates, learning)
-        rule = parse_episodes(ways, shots, queries)
+        drawn = parse_any_episodes(ways, shots, queries)
         shown = preprocess_of(parse_shape(input or default_input(model)), model, mean, std)
-        domains = task_domains(data, tests, validation, contenders, rule)
-        nets = few_shot_models(model, input, weights, meta, rule)
-        _compare_on_tasks(nets, contenders, domains, shown, out, tasks=tasks, rule=rule,
+        domains = task_domains(data, tests, validation, contenders, drawn)
+        nets = few_shot_models(model, input, weights, meta, drawn)
+        _compare_on_tasks(nets, contenders, domains, shown, out, tasks=tasks, rule=drawn,
                           optimizer=trained, validation_tasks=validation_tasks,
                           as_json=as_json)  # fmt: skip
         return
@@ -727,7 +733,9 @@ def search(
     weights: Weights = None,
     tasks: Annotated[int, typer.Option(min=1, help="Tasks of each set of images.")] = 12,
     ways: Annotated[str, typer.Option(help="Classes of a task: 5, or a range as 5-10.")] = "5-10",
-    shots: Annotated[int, typer.Option(min=1, help="Support images of each class.")] = 5,
+    shots: Annotated[
+        str, typer.Option(help="Support images of each class; or various, as in Meta-Dataset.")
+    ] = "5",
     queries: Annotated[int, typer.Option(min=1, help="Query images of each class.")] = 10,
     iterations: Iterations = None,
     prototypes: Prototypes = "",
@@ -749,7 +757,7 @@ def search(
     """Find biases and weight slices that gain most under a limit: SparseUpdate's search."""
     from modicum.search import find_scheme
 
-    rule = parse_episodes(ways, shots, queries)
+    rule = parse_any_episodes(ways, shots, queries)
     learning = parse_tune(iterations, prototypes, tune or [])
     trained = parse_optimizer(optimizer, lr, momentum, weight_decay)
     shape = parse_shape(input or default_input(model))

@@ -28,7 +28,7 @@ from modicum.capture import capture
 from modicum.errors import Diverged, DoesNotFit, ModicumError, UsageError
 from modicum.fewshot import Array, FineTune, fine_tune, observe_task, refresh, task_accuracy
 from modicum.graph import Frozen, Graph
-from modicum.heads import FewShot, few_shot, with_ways
+from modicum.heads import FewShot, few_shot, linear_from_prototypes, with_ways
 from modicum.lite import prepare_model
 from modicum.methods import AnyMethod, ObservingMethod
 from modicum.optim import SGD, Adam, Optimizer
@@ -51,10 +51,13 @@ class Contender(Frozen):
     """A method in a comparison on tasks: what it trains, how, and the rates to choose from.
 
     Without a method nothing is trained: prototypes of the support set alone.  `batch` is the
-    number of samples at once by which the papers' convention counts its memory.
+    number of samples at once by which the papers' convention counts its memory.  A task is learned
+    under a cosine head with the prototypes of its classes; with a `linear` one, which begins with
+    these prototypes (`linear_from_prototypes`) and is trained, by `Last` alone or beside others.
     """
 
     method: AnyMethod | None = None
+    head: Literal["cosine", "linear"] = "cosine"
     tune: FineTune = FineTune()
     rates: tuple[Rate, ...] = (1e-3,)
     batch: Annotated[int, Field(ge=1)] = 1
@@ -209,11 +212,11 @@ class _Start:
         self.device = next(self.model.parameters()).device
         self.example = torch.zeros(1, *preprocess.shape, device=self.device)
         self._prepared: dict[str, tuple[FewShot, Graph]] = {}
+        self._linear: dict[tuple[str, int], Graph] = {}
 
     def prepared(self, contender: Contender) -> tuple[FewShot, Graph]:
         """The net that a method trains, and its graph; captured once."""
-        adds = contender.method is not None and contender.method.kind == "tinytl"
-        key = contender.method.model_dump_json() if contender.method and adds else ""
+        key = self._key(contender)
         if key not in self._prepared:
             net: Any = self.model
             if contender.method is not None:
@@ -221,10 +224,24 @@ class _Start:
             self._prepared[key] = net.eval(), capture(net, self.example)
         return self._prepared[key]
 
-    def of_ways(self, contender: Contender, ways: int) -> tuple[FewShot, Graph]:
-        """The same for so many classes; the backbone is shared."""
+    def _key(self, contender: Contender) -> str:
+        adds = contender.method is not None and contender.method.kind == "tinytl"
+        return contender.method.model_dump_json() if contender.method and adds else ""
+
+    def of_ways(
+        self, contender: Contender, ways: int, support: tuple[Array, Array]
+    ) -> tuple[FewShot, Graph]:
+        """The same for so many classes, those of a support set; the backbone is shared."""
         net, graph = self.prepared(contender)
-        return net.of_ways(ways), with_ways(graph, ways)
+        few = net.of_ways(ways)
+        if contender.head == "cosine":
+            return few, with_ways(graph, ways)
+        refresh(few, support)
+        linear = FewShot(net.backbone, linear_from_prototypes(few.head.prototypes)).eval()
+        key = self._key(contender), ways
+        if key not in self._linear:
+            self._linear[key] = capture(linear, self.example)
+        return linear, self._linear[key]
 
     @cached_property
     def hash(self) -> str:
@@ -304,6 +321,8 @@ class _Lab:
             "seed": self.seed,
             "task": index,
         }
+        if contender.head != "cosine":
+            inputs["head"] = contender.head
         inputs = json.loads(json.dumps(inputs))
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         path = self.out / folder / name / f"{index:04d}-{digest[:16]}.json"
@@ -328,7 +347,7 @@ class _Lab:
     ) -> TaskRun:
         support, query = self._task(domain, index)
         ways = int(support[1].max()) + 1
-        net, graph = start.of_ways(contender, ways)
+        net, graph = start.of_ways(contender, ways, support)
         method, seed = contender.method, self.seed + index
         if method is None:
             refresh(net, support)

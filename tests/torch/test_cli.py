@@ -352,6 +352,29 @@ def test_compare_on_tasks_says_what_it_chose_rates_on_and_goes_on(modicum, shots
     assert {p.name for p in out.iterdir()} >= {"tasks.json", "tasks.txt", "tasks.svg", "tasks.png"}
 
 
+def test_compare_on_tasks_draws_various_shots_and_takes_all_methods_by_default(
+    modicum, shots, tmp_path
+):
+    net = f"{shots / 'net.py'}:make"
+    words = ["compare", net, *SHAPE, "--tasks", 1, "--data", shots / "base.npz", "--ways", "3-5",
+             "--queries", 2, "--iterations", 1, "--out", tmp_path / "out", "--json"]  # fmt: skip
+    done = modicum(*words, "--shots", "various")
+    assert done.code == 0, done.err
+    data = json.loads(done.out)
+    assert data["rule"]["kind"] == "various" and data["rule"]["ways"] == [3, 5]
+    known = {r["label"] for r in data["rows"]} | {k.partition(": ")[2] for k in data["left_out"]}
+    assert known == set(arguments.split_methods(arguments.TASK_METHODS))
+    assert {"none", "last", "full", "transductive"} <= {r["label"] for r in data["rows"]}
+    named = arguments.task_methods("mcunet-5fps")
+    assert named.endswith("transductive,sparse_update:scheme=mcunet-99kb")
+    wrong = modicum(*words, "--shots", "many")
+    assert wrong.code == 2 and "neither a number nor 'various'" in wrong.out
+    rules = modicum("compare", net, *SHAPE, "--rules", "anil", "--data", shots / "base.npz",
+                    "--test", shots / "base.npz", "--ways", 3, "--shots", "various", "--out",
+                    tmp_path / "rules")  # fmt: skip
+    assert rules.code == 2 and "--shots various is not a number" in rules.err
+
+
 def test_compare_on_tasks_takes_more_images_and_other_validation_images(modicum, shots, tmp_path):
     net = f"{shots / 'net.py'}:make"
     done = modicum("compare", net, *SHAPE, "--tasks", 1, "--data", shots / "photos", "--test",

@@ -132,6 +132,11 @@ def test_less_is_held_and_the_plan_says_how_much():
     # the plan counts the samples, and PyTorch's pools hold positions
     assert 0.8 * ours.streamed < ours.measured_streamed < 1.3 * ours.streamed
     assert ours.macs < ours.streamed_macs <= 1.25 * ours.macs
+    assert maml.measured_macs == maml.macs == maml.measured_streamed_macs
+    # the plan counts the most channels that attention can leave
+    assert 0.9 * ours.macs < ours.measured_macs <= ours.macs
+    again = ours.streamed_macs - ours.macs
+    assert ours.measured_streamed_macs - ours.measured_macs == again
     assert maml.streamed == maml.forward and maml.streamed_macs == maml.macs
     assert maml.measured_streamed == maml.measured_forward
 

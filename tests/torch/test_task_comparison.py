@@ -18,7 +18,7 @@ from modicum.errors import InvalidInput, UsageError
 from modicum.heads import with_ways
 from modicum.report.tasks import TaskComparison
 from modicum.task_comparison import Contender, Domain, compare_on_tasks
-from modicum.tasks import FixedEpisodes, Preprocess, load
+from modicum.tasks import FixedEpisodes, Preprocess, arrays, draw_task, load
 
 SHOWN = Preprocess(size=8, mean=(0.5,), std=(0.5,))
 RULE = FixedEpisodes(ways=(2, 3), shots=2, queries=3)
@@ -155,6 +155,33 @@ def test_only_transductive_learning_sees_the_queries(tmp_path, learned):
 
 
 # ---- going on ------------------------------------------------------------------------------------
+
+
+def test_a_linear_head_begins_with_the_prototypes_and_is_trained(tmp_path):
+    still = mo.FineTune(iterations=0)
+    given = {
+        "still": Contender(method=mo.Last(), tune=still, head="linear"),
+        "head": LAST.model_copy(update={"head": "linear"}),
+        "last": LAST,
+    }
+    made = compared(tmp_path, contenders=given)
+    rows = {row.label: row for row in made.rows}
+    first = []
+    for domain in DOMAINS.values():
+        for i in range(2):
+            task = draw_task(domain.dataset, RULE, seed=0, index=i)
+            (xs, ys), (xq, yq) = (arrays(part, SHOWN) for part in (task.support, task.query))
+            with torch.no_grad():
+                near, far = (net().backbone(torch.from_numpy(x)) for x in (xs, xq))
+            of_class = [near[torch.from_numpy(ys == k)].mean(0) for k in range(max(ys) + 1)]
+            means = torch.stack(of_class)
+            first.append(float((torch.cdist(far, means).argmin(1).numpy() == yq).mean()))
+    assert [a for each in rows["still"].accuracies.values() for a in each] == pytest.approx(first)
+    trained = {run["ways"]: run["layers"] for run in files(tmp_path) if "head" in run["inputs"]}
+    assert trained and all(layers == {"head.weight": 32 * ways, "head.bias": ways}
+                           for ways, layers in trained.items())  # fmt: skip
+    assert rows["head"].trained == 33 * max(trained) != rows["last"].trained
+    assert rows["head"].accuracies != rows["still"].accuracies
 
 
 def test_a_rerun_learns_nothing_and_finds_the_same(done, learned):

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from modicum.apply import apply
 from modicum.attended import attach
@@ -50,6 +51,7 @@ def adaptation_cost(
     macs = n * sum(map(_macs, programs))
     looks = [made.looks[i] for i in patterns]
     whole, streamed = (_measured(net, made, learner.judged, x, y, chunk) for chunk in (None, 1))
+    counted = [_counted(net, made, learner.judged, x, y, chunk) for chunk in (None, 1)]
     return AdaptationCost(
         samples=n,
         layers=tuple(
@@ -64,6 +66,8 @@ def adaptation_cost(
         streamed=max(max(s.peak, s.forward) for s in streams),
         measured_streamed=streamed[0],
         streamed_macs=macs + n * sum(s.again for s in streams),
+        measured_macs=counted[0],
+        measured_streamed_macs=counted[1],
         board=max(_on_board(p) for p in (*summed.programs, *summed.looks) if p is not None),
         board_macs=macs + n * sum(_macs(look) for look in looks if look is not None),
     )
@@ -113,3 +117,16 @@ def _measured(
             most[1] = max(most[1], live.peak)
         tuned.zero_grad(set_to_none=True)
     return most[0], most[1]
+
+
+def _counted(
+    net: nn.Module, made: Plan, steps: int, x: torch.Tensor, y: torch.Tensor, chunk: int | None
+) -> int:
+    """MACs of the convolutions and matrix products that PyTorch carries out in all inner steps."""
+    tuned = apply(net, made).train()
+    tuned.chunk = chunk
+    with FlopCounterMode(display=False) as flops:
+        for tuned.inner_step in range(steps):
+            loss_of(tuned(x), y).backward()
+            tuned.zero_grad(set_to_none=True)
+    return int(flops.get_total_flops()) // 2

@@ -15,7 +15,8 @@ class AdaptationCost(Frozen):
 
     All samples at once.  backward: what the backward pass of a step holds at most, kept values and
     gradients; forward: what a forward pass does, and a prediction for as many samples; both by
-    plan, and measured in PyTorch.  macs: of all steps.
+    plan, and measured in PyTorch.  macs: of all steps, by plan, and those of the convolutions and
+    matrix products that PyTorch was seen to carry out.
 
     Frozen layers take one sample at a time (see `modicum.stream`).  streamed: what a forward pass
     holds then, by plan and measured; streamed_macs: of all steps, with those that are computed
@@ -35,9 +36,11 @@ class AdaptationCost(Frozen):
     measured_backward: int = 0
     measured_forward: int = 0
     macs: int = 0
+    measured_macs: int = 0
     streamed: int = 0
     measured_streamed: int = 0
     streamed_macs: int = 0
+    measured_streamed_macs: int = 0
     board: int = 0
     board_macs: int = 0
 
