@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from lookalikes import grouped
 
+from modicum.arguments import SCHEMES
 from modicum.capture import capture
 from modicum.fewshot import FineTune, fine_tune, observe_task
 from modicum.graph import Graph
@@ -60,11 +61,6 @@ from modicum.tasks import (
     load,
 )
 
-SCHEMES = {
-    "mcunet-5fps": "mcunet-99kb",
-    "mbv2-w0.35": "mbv2-99kb",
-    "proxyless-w0.3": "proxyless-98kb",
-}
 # the papers' 0.89 and 0.78 MB where their 1 MB would be more than TinyTrain needs there
 BUDGET = {"mcunet-5fps": 933_232, "mbv2-w0.35": 1_048_576, "proxyless-w0.3": 817_889}
 CACHE = Path.home() / ".cache" / "modicum" / "tinytrain"
@@ -311,13 +307,17 @@ def keep(args: argparse.Namespace) -> None:
 
 def meta_log(args: argparse.Namespace) -> list[dict[str, float]]:
     """What meta-training said of each epoch that it has done."""
-    path = folder(args) / "meta" / "log.jsonl"
+    path = meta_weights(args).parent / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def meta_weights(args: argparse.Namespace) -> Path:
+    return args.meta or folder(args) / "meta" / "weights.pt"
 
 
 def models(args: argparse.Namespace) -> dict[str, FewShot]:
     made = {"ImageNet": few_shot(backbones.load(args.net, classes=None), 5)}
-    weights = args.meta or folder(args) / "meta" / "weights.pt"
+    weights = meta_weights(args)
     if weights.exists():
         net = few_shot(backbones.load(args.net, classes=None), 5)
         net.load_state_dict(torch.load(weights, weights_only=True))
@@ -463,6 +463,8 @@ def show(args: argparse.Namespace, result: dict[str, object]) -> None:
         given = {k: getattr(args, k) for k in ("net", "size", "tasks", "validation_tasks", "set",
                                                "only", "models", "methods")}  # fmt: skip
         flags = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v]
+        if args.meta:
+            flags.append(f"--meta {str(args.meta).replace(str(Path.home()), '~')}")
         flags = [] if args.verb == "metatrain" else flags
         words = ["python benchmarks/tinytrain.py", args.verb, *flags, "--json", args.json.name]
         command = " ".join(words)

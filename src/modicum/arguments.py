@@ -361,7 +361,7 @@ def parse_tune(iterations: int | None, prototypes: str, fields: Sequence[str]) -
 
 
 def task_methods(model: str) -> str:
-    """All methods for few-shot tasks of a model, as a list for `parse_contenders`."""
+    """What is compared on few-shot tasks of a model by default, for `parse_contenders`."""
     scheme = SCHEMES.get(model)
     return TASK_METHODS + (f",sparse_update:scheme={scheme}" if scheme else "")
 

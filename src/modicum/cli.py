@@ -560,7 +560,7 @@ def compare(
         str,
         typer.Option(
             help="Methods, such as full,last:n=3,bias, or JSON files; see `methods`. "
-            "With --tasks also none and transductive, and all of them if nothing is said."
+            "With --tasks also none, head and transductive; several if nothing is said."
         ),
     ] = "",
     rules: Annotated[

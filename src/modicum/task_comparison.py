@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
 from modicum import __version__
@@ -61,6 +61,12 @@ class Contender(Frozen):
     tune: FineTune = FineTune()
     rates: tuple[Rate, ...] = (1e-3,)
     batch: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _trained(self) -> Contender:
+        if self.head == "linear" and self.method is None:
+            raise ValueError("a linear head is trained: it needs a method")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,7 +357,8 @@ class _Lab:
         method, seed = contender.method, self.seed + index
         if method is None:
             refresh(net, support)
-            return TaskRun(inputs=inputs, ways=ways, accuracy=task_accuracy(net, query))
+            run = TaskRun(inputs=inputs, ways=ways, accuracy=1 / ways)
+            return self._judged(run, net, query)
         began = time.perf_counter()
         seen = None
         if isinstance(method, ObservingMethod):
@@ -376,13 +383,18 @@ class _Lab:
             tuned, learned = fine_tune(
                 net, made, support, contender.tune, seed=seed, queries=unlabelled
             )
-            accuracy = task_accuracy(tuned, query)
         except Diverged as error:
             return run.model_copy(update={"failed": error.what})
         ends = (learned.losses[0], learned.losses[-1]) if learned.losses else None
-        return run.model_copy(
-            update={"accuracy": accuracy, "losses": ends, "seconds": learned.seconds}
-        )
+        run = run.model_copy(update={"losses": ends, "seconds": learned.seconds})
+        return self._judged(run, tuned, query)
+
+    def _judged(self, run: TaskRun, net: nn.Module, query: tuple[Array, Array]) -> TaskRun:
+        """The run with its accuracy, or with why it has none."""
+        try:
+            return run.model_copy(update={"accuracy": task_accuracy(net, query)})
+        except Diverged as error:
+            return run.model_copy(update={"failed": error.what})
 
     def _optimizer(self, rate: float) -> Optimizer:
         return self.optimizer.model_copy(update={"lr": rate})
@@ -451,6 +463,7 @@ def _row(
         model=model,
         label=label,
         method=contender.method,
+        head=contender.head,
         tune=contender.tune.model_dump(mode="json") if contender.method else None,
         rate=rate if contender.method else None,
         tried={f"{r:g}": a for r, a in tried.items()},

@@ -611,7 +611,7 @@ def _headline() -> str:
 def _table(name: str) -> str:
     source, key = SOURCES.get(name, (name, "rows"))
     data = json.loads((RESULTS / f"{source}.json").read_text())
-    columns = TABLES[name]
+    columns = [c for c in TABLES[name] if any(row.get(c[1]) is not None for row in data[key])]
     lines = [f"`{data['command']}`", ""] if "command" in data else []
     lines.append("| " + " | ".join(title for title, _, _ in columns) + " |")
     lines.append("|" + "".join("---|" if not f else "---:|" for _, _, f in columns))

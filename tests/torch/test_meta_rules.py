@@ -429,13 +429,19 @@ def test_the_last_entry_that_keeps_the_limit_does_not_fall_to_0():
     assert learner.ready and learner.active(1) == {fit[-1]}
 
 
-def test_a_limit_is_that_of_the_largest_task():
-    _, learner = pmeta(share=0.3, prune_from=1.0, prune_to=1.0)
-    limits = []
-    for n in (2, 1, 3):
-        learner.after_update(*(part[-1] for part in task(n, dtype=torch.float32, size=16)))
-        limits.append(learner.limit())
-    assert limits[0] == limits[1] < limits[2]
+@pytest.mark.parametrize("layer", ["head", "blocks.2.0"])
+def test_a_limit_that_one_layer_just_keeps_leaves_that_layer(layer):
+    _, first = pmeta()
+    first.keep_limits((1, 16, 16), 3, "cross_entropy")
+    name = next(n for n in first.layers if n.startswith(layer) or layer in n)
+    peak = first.memory.peak(frozenset({name}))
+    for more in range(3):
+        _, learner = pmeta(ram=peak + more, prune_from=0.2, prune_to=0.6)
+        with torch.no_grad():
+            learner.alpha[learner.layers.index(name)] = 10.0
+        for learner.progress in (0.1, 0.3, 0.59, 0.6, 1.0):
+            learner.keep_limits((1, 16, 16), 3, "cross_entropy")
+        assert learner.ready and all(name in learner.active(k) for k in range(3))
 
 
 def test_a_limit_that_nothing_keeps_is_an_error_at_the_start():

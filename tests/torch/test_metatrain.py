@@ -55,6 +55,10 @@ def plain() -> nn.Module:
     return nn.Sequential(*net.backbone[:-1], nn.Linear(8, 3))
 
 
+def wide() -> nn.Module:
+    return nn.Sequential(*plain()[:-1], nn.Linear(8, 4))
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -184,7 +188,16 @@ def test_tasks_of_several_sizes_are_refused_where_they_cannot_be(tmp_path):
     at_once = several.model_copy(update={"tasks": 2, "together": 2})
     with pytest.raises(UsageError, match="2 to 4 ways are not computed at once"):
         metatrain(toy(), DATA, SHOWN, at_once, out=tmp_path)
+    learned = several.model_copy(update={"rule": PMeta(steps=1)})
+    with pytest.raises(UsageError, match="p-Meta does not take tasks of 2 to 4 ways"):
+        metatrain(wide(), DATA, SHOWN, learned, out=tmp_path)
+    with pytest.raises(UsageError, match="the model has 3 outputs, and tasks have 4 ways"):
+        metatrain(plain(), DATA, SHOWN, SHORT.model_copy(update={"rule": MAMLPP(steps=1)}),
+                  out=tmp_path, test=Episodes(HELD, SHOWN, several.episode))  # fmt: skip
     metatrain(toy(), DATA, SHOWN, several, out=tmp_path)
+    together = SHORT.model_copy(update={"tasks": 2, "together": 2})
+    metatrain(toy(), DATA, SHOWN, together, out=tmp_path / "b",
+              validation=Episodes(HELD, SHOWN, several.episode))  # fmt: skip
 
 
 @pytest.mark.parametrize("together", [1, 2])

@@ -151,6 +151,17 @@ def test_on_a_board_gradients_are_summed_beside_one_sample():
     assert graph.values["blocks.0.0"].bytes + 4 * weights < cost.board < cost.forward + 4 * weights
 
 
+def test_macs_of_a_net_with_grouped_convolutions_are_those_of_the_plan():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1, groups=16), nn.ReLU(),
+        nn.Conv2d(16, 8, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3),
+    )  # fmt: skip
+    learner = MAML(steps=2, rate=0.1).learner(net).eval()
+    cost = adaptation_cost(net, learner, (torch.randn(4, 3, 8, 8), torch.arange(4) % 3))
+    assert cost.measured_macs == cost.macs == cost.measured_streamed_macs
+
+
 def test_on_a_board_samples_pass_twice_where_attention_chooses():
     x, y = torch.randn(6, 1, 16, 16), torch.arange(6) % 3
     costs = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 import modicum as mo
@@ -182,6 +183,9 @@ def test_a_linear_head_begins_with_the_prototypes_and_is_trained(tmp_path):
                            for ways, layers in trained.items())  # fmt: skip
     assert rows["head"].trained == 33 * max(trained) != rows["last"].trained
     assert rows["head"].accuracies != rows["still"].accuracies
+    assert [rows[label].head for label in given] == ["linear", "linear", "cosine"]
+    with pytest.raises(ValidationError, match="needs a method"):
+        Contender(head="linear")
 
 
 def test_a_rerun_learns_nothing_and_finds_the_same(done, learned):
@@ -353,10 +357,10 @@ def test_a_task_whose_scores_are_not_finite_counts_as_a_guess(tmp_path):
     with torch.no_grad():
         for p in broken.parameters():
             p.mul_(1e20)
-    given = {"tinytrain": TINY}
+    given = {"tinytrain": TINY, "none": NONE}
     made = compared(tmp_path, models={"broken": broken}, contenders=given, tasks=1)
-    assert set(made.rows[0].failed) == {"signs 0", "letters 0"}
-    assert "scores are not finite" in made.rows[0].failed["signs 0"]
+    for row, why in zip(made.rows, ("scores are not finite", "outputs are not"), strict=True):
+        assert set(row.failed) == {"signs 0", "letters 0"} and why in row.failed["signs 0"]
 
 
 def test_a_method_that_does_not_apply_is_left_out(tmp_path):

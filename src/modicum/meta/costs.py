@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +53,6 @@ def adaptation_cost(
     macs = n * sum(map(_macs, programs))
     looks = [made.looks[i] for i in patterns]
     whole, streamed = (_measured(net, made, learner.judged, x, y, chunk) for chunk in (None, 1))
-    counted = [_counted(net, made, learner.judged, x, y, chunk) for chunk in (None, 1)]
     return AdaptationCost(
         samples=n,
         layers=tuple(
@@ -66,8 +67,8 @@ def adaptation_cost(
         streamed=max(max(s.peak, s.forward) for s in streams),
         measured_streamed=streamed[0],
         streamed_macs=macs + n * sum(s.again for s in streams),
-        measured_macs=counted[0],
-        measured_streamed_macs=counted[1],
+        measured_macs=whole[2],
+        measured_streamed_macs=streamed[2],
         board=max(_on_board(p) for p in (*summed.programs, *summed.looks) if p is not None),
         board_macs=macs + n * sum(_macs(look) for look in looks if look is not None),
     )
@@ -100,33 +101,34 @@ def _on_board(program: Program) -> int:
 
 def _measured(
     net: nn.Module, made: Plan, steps: int, x: torch.Tensor, y: torch.Tensor, chunk: int | None
-) -> tuple[int, int]:
-    """The most bytes that PyTorch holds in the (forward, backward) pass of an inner step.
+) -> tuple[int, int, int]:
+    """The most bytes that PyTorch holds in the (forward, backward) pass of an inner step, and the
+    MACs of the convolutions and matrix products that it carries out in all of them.
 
     `chunk`: samples that frozen layers take at a time.
     """
     tuned = apply(net, made).train()
     tuned.chunk = chunk
     most = [0, 0]
-    for tuned.inner_step in range(steps):
-        with LiveBytes() as live:
-            loss = loss_of(tuned(x), y)
-            most[0] = max(most[0], live.peak)
-            live.restart()
-            loss.backward()
-            most[1] = max(most[1], live.peak)
-        tuned.zero_grad(set_to_none=True)
-    return most[0], most[1]
-
-
-def _counted(
-    net: nn.Module, made: Plan, steps: int, x: torch.Tensor, y: torch.Tensor, chunk: int | None
-) -> int:
-    """MACs of the convolutions and matrix products that PyTorch carries out in all inner steps."""
-    tuned = apply(net, made).train()
-    tuned.chunk = chunk
-    with FlopCounterMode(display=False) as flops:
+    formulas = {torch.ops.aten.convolution_backward: _backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
         for tuned.inner_step in range(steps):
-            loss_of(tuned(x), y).backward()
+            with LiveBytes() as live:
+                loss = loss_of(tuned(x), y)
+                most[0] = max(most[0], live.peak)
+                live.restart()
+                loss.backward()
+                most[1] = max(most[1], live.peak)
             tuned.zero_grad(set_to_none=True)
-    return int(flops.get_total_flops()) // 2
+    return most[0], most[1], int(flops.get_total_flops()) // 2
+
+
+def _backward_flops(
+    dy: tuple[int, ...], x: tuple[int, ...], weight: tuple[int, ...], *more: Any, **_: Any
+) -> int:
+    """Of the gradients of a convolution that were asked for, for input and weight.
+
+    PyTorch 2.13's own formula takes a grouped weight's gradient for that of a dense one.
+    """
+    wanted = more[-1]  # bias, stride, padding, dilation, transposed, output padding, groups, mask
+    return 2 * math.prod(dy) * math.prod(weight[1:]) * (wanted[0] + wanted[1])

@@ -231,10 +231,9 @@ class PMetaLearner(GradientLearner):
     def keep_limits(self, sample: tuple[int, ...], samples: int, loss: LossName) -> None:
         """Let alpha not be negative, and prune it by the limit on so many samples of a shape.
 
-        The limit is that of the largest task so far.  Raises UsageError for one that no layer
-        keeps.
+        Raises UsageError for a limit that no layer keeps.
         """
-        if self.memory is None or self.memory.samples < samples:
+        if self.memory is None:
             self.memory = StepMemory(
                 *(self.plain[0], sample, samples, self.slices()),
                 batch_norms=self.norms != "frozen", loss=loss,
@@ -256,15 +255,19 @@ class PMetaLearner(GradientLearner):
         assert memory is not None
         least = min(self.layers, key=lambda name: memory.peak(frozenset({name})))
         if (peak := memory.peak(frozenset({least}))) > limit:
-            raise _too_low(limit, peak, least)
+            raise UsageError(
+                f"no layer can be updated in {limit} bytes of dynamic memory",
+                why=f"a step needs {peak} with {least} alone",
+                hint="a larger ram or share",
+            )
 
     def _keep_one(self, k: int) -> None:
         """Step k updates something: where every entry that keeps the limit has fallen to 0, the
         last of them stays, with a thousandth of `rate`, from which it may rise again."""
         memory, limit = self.memory, self.limit()
         assert memory is not None
-        fit = [n for n in self.layers if n in self.active(k)]
-        fit = [n for n in fit if memory.peak(frozenset({n})) <= limit]
+        active = self.active(k)
+        fit = [n for n in self.layers if n in active and memory.peak(frozenset({n})) <= limit]
         rows = [self.layers.index(name) for name in fit]
         if rows and not bool((self.alpha[rows, k] > 0).any()):
             self.alpha[rows[-1], k] = self.rule.rate / 1000
@@ -278,7 +281,7 @@ class PMetaLearner(GradientLearner):
             return None
         span = max(rule.prune_to - rule.prune_from, 1e-9)
         done = min(1.0, (self.progress - rule.prune_from) / span)
-        return int(whole * (least / whole) ** done) if least < whole else least
+        return max(least, int(whole * (least / whole) ** done))
 
     def limit(self) -> int:
         """The limit that every step keeps in the end."""
@@ -298,10 +301,8 @@ class PMetaLearner(GradientLearner):
     def prune(self, k: int, limit: int) -> None:
         """Take entries of step k away until its peak dynamic memory keeps the limit."""
         assert self.memory is not None
-        while (peak := self.memory.peak(self.active(k))) > limit:
+        while self.memory.peak(self.active(k)) > limit:
             active = self.active(k)
-            if len(active) < 2:  # where a larger task has come
-                raise _too_low(limit, peak, next(iter(active), "none"))
             self.allowed[self.layers.index(self._weakest(active, k)), k] = False
 
     def _weakest(self, active: frozenset[str], k: int) -> str:
@@ -327,14 +328,6 @@ class PMetaLearner(GradientLearner):
         """The layers that step k updates."""
         flags = self.allowed[:, k].tolist()
         return frozenset(n for n, flag in zip(self.layers, flags, strict=True) if flag)
-
-
-def _too_low(limit: int, peak: int, layer: str) -> UsageError:
-    return UsageError(
-        f"no layer can be updated in {limit} bytes of dynamic memory",
-        why=f"a step needs {peak} with {layer} alone",
-        hint="a larger ram or share",
-    )
 
 
 def _added(layer: str) -> str:

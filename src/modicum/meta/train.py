@@ -26,7 +26,7 @@ from modicum.meta.config import MetaTrace, MetaTrain, Scores
 from modicum.meta.files import check_inputs, read_state, weights_hash, write_state
 from modicum.meta.learner import GradientLearner, Learner
 from modicum.meta.plans import method_of
-from modicum.meta.pmeta import PMetaLearner
+from modicum.meta.pmeta import PMeta, PMetaLearner
 from modicum.meta.rules import AnyRule
 from modicum.meta.sources import Drawn, Episodes, TaskSource
 from modicum.tasks import Labelled, Preprocess
@@ -70,6 +70,8 @@ def metatrain(
     rank, world = _processes(next(net.parameters()).device)
     sources = [_source(given, preprocess, config) for given in (dataset, validation, test)]
     assert sources[0] is not None
+    if sources[2] is not None:
+        _check_outputs(net, sources[2])
     run = _Run(net, sources[0], config, Path(out), sources[1], rank, world, progress)
     trace = run.train()
     if sources[2] is not None:
@@ -159,6 +161,7 @@ class _Run:
             "config": config.model_dump(mode="json"),
             "data": source.fingerprint(),
             "validation": None if validation is None else validation.fingerprint(),
+            "validation_seed": None if validation is None else VALIDATION_SEED,
             "processes": world,
             "weights": weights_hash(net),
         }
@@ -182,7 +185,7 @@ class _Run:
         for source in (self.source, self.validation):  # says now what does not fit
             if source is not None:
                 self.labels = _check_outputs(self.net, source)
-                _check_sizes(source, self.config.together)
+        _check_sizes(self.source, self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
         board = _tensorboard(self.folder) if self.rank == 0 else None
@@ -410,13 +413,18 @@ def _source(
     return Episodes(given, preprocess, config.episode, config.augment)
 
 
-def _check_sizes(source: TaskSource, together: int) -> None:
-    """Raise UsageError for tasks of several sizes that are to be computed at once."""
-    if together > 1 and isinstance(source, Episodes) and len(set(source.rule.range)) > 1:
-        raise UsageError(
-            "tasks of {} to {} ways are not computed at once".format(*source.rule.range),
-            hint="--together 1, or one number of --ways",
-        )
+def _check_sizes(source: TaskSource, config: MetaTrain) -> None:
+    """Raise UsageError for tasks of several sizes that are to be computed at once, or by a rule
+    whose limit is that of one size."""
+    if not isinstance(source, Episodes) or len(set(source.rule.range)) == 1:
+        return
+    tasks = "tasks of {} to {} ways".format(*source.rule.range)
+    if config.together > 1:
+        hint = "--together 1, or one number of --ways"
+        raise UsageError(f"{tasks} are not computed at once", hint=hint)
+    if isinstance(config.rule, PMeta):
+        why = "its limit is on the memory of a step, which depends on their number"
+        raise UsageError(f"p-Meta does not take {tasks}", why=why, hint="one number of --ways")
 
 
 def _check_outputs(net: nn.Module, source: TaskSource) -> bool:

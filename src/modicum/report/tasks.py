@@ -23,18 +23,20 @@ NAME = "tasks"
 class TaskRow(Frozen):
     """A method from one model's weights: accuracy on each task, by domain, and what it costs.
 
-    `tune` and `rate` say how it learns (None: nothing is trained), `tried` has the validation
-    accuracy of each rate.  Costs are the largest over the tasks.  `saved` (from the forward to the
-    backward pass), `dynamic` (the arena without what is persistent) and `ram` are bytes of the
-    whole plan, a sample at a time.  In the papers' convention (`backward_cost`) `memory_one` is
-    that of a sample, `memory` that of `batch` samples at once; `macs` are of a sample's backward
-    pass.  `seconds` of fine-tuning and `selection` are means.  `failed` says of which tasks nothing
-    was learned, and why: their accuracy is that of a guess.
+    `head` says under what, `tune` and `rate` how it learns (None: nothing is trained), `tried`
+    has the validation accuracy of each rate.  Costs are the largest over the tasks.  `saved`
+    (from the forward to the backward pass), `dynamic` (the arena without what is persistent)
+    and `ram` are bytes of the whole plan, a sample at a time.  In the papers' convention
+    (`backward_cost`) `memory_one` is that of a sample, `memory` that of `batch` samples at
+    once; `macs` are of a sample's backward pass.  `seconds` of fine-tuning and `selection` are
+    means.  `failed` says of which tasks nothing was learned, and why: their accuracy is that of
+    a guess.
     """
 
     model: str
     label: str
     method: AnyMethod | None
+    head: Literal["cosine", "linear"] = "cosine"
     tune: dict[str, Any] | None
     rate: float | None
     tried: dict[str, float] = {}
