@@ -86,20 +86,21 @@ def main_set(setting: Setting) -> dict[str, Rule]:
     """The rows of the table: one step size for all, but for ANIL and BOIL, of which a part alone
     moves; MAML++ and p-Meta begin with it and learn theirs, both with norms for each step.
 
-    At 64x64 a head reads 16 times as many features as at 28x28: its steps are smaller.  The limit
-    of p-Meta leaves Conv4 three layers of five at both sizes.
+    At 64x64 a head reads 16 times as many features as at 28x28: its steps are smaller.  With 20
+    ways, whose gradients are means over as many classes, they are larger.  The limit of p-Meta
+    leaves Conv4 three layers of five at both sizes.
     """
-    rate, head = (0.1, 0.5) if grey(setting) else (0.03, 0.03)
+    rate, head = (0.1 if setting.ways < 20 else 0.3, 0.5) if grey(setting) else (0.03, 0.03)
     pmeta = PMETA.model_copy(update={"rate": rate, "share": share(setting)})
     return {
         "MAML": MAML(rate=rate),
         "ANIL": ANIL(rate=head),
-        "BOIL": BOIL(rate=0.1),
+        "BOIL": BOIL(rate=max(rate, 0.1)),
         "MAML++": MAMLPP(rate=rate),
         "p-Meta": pmeta,
         "p-Meta, batch norms": pmeta.model_copy(update={"norms": "batch"}),
         "ProtoNet": ProtoNet(norms="batch"),
-        "Reptile": Reptile(rate=rate),
+        "Reptile": Reptile(rate=min(rate, 0.1)),
     }
 
 
