@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import json
 import math
 import os
@@ -171,11 +172,7 @@ class _Run:
         self.wrapped: nn.Module = self.learner
         if world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            # attention of a layer that no step updates any more gets no gradient
-            pruned = isinstance(self.learner, PMetaLearner)
-            self.wrapped = nn.parallel.DistributedDataParallel(
-                self.learner, device_ids=ids, find_unused_parameters=pruned
-            )
+            self.wrapped = nn.parallel.DistributedDataParallel(self.learner, device_ids=ids)
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.seconds = 0.0
@@ -211,6 +208,7 @@ class _Run:
                         board.add_scalar(key, value, epoch)
         if board is not None:
             board.close()
+        self.wrapped = self.learner  # what DDP holds of the group must not outlive it
         self.learner.load_state_dict(self.best)
         self.learner.write_to(self.net)
         if self.rank == 0:
@@ -275,7 +273,7 @@ class _Run:
                             f"the loss is not finite in update {update}",
                             hint="a smaller rate, of the outer or of the inner rule",
                         )
-                    (loss * (config.together / config.tasks)).backward()
+                    (self.whole(loss) * (config.together / config.tasks)).backward()
                 losses.append(value)
                 scores.append(_score(loss, outputs, drawn[3]))
             if config.clip is not None:
@@ -286,6 +284,14 @@ class _Run:
             self.learner.after_update(*(part[-1] for part in drawn))
         loss_, score = self.mean([float(np.mean(losses)), float(np.mean(scores))])
         return {"epoch": epoch, "loss": loss_, **({"accuracy": score} if self.labels else {})}
+
+    def whole(self, loss: Tensor) -> Tensor:
+        """The loss with a gradient of 0 for attention of layers that no step updates any more: DDP
+        waits for one of every parameter."""
+        if self.world == 1 or not isinstance(self.learner, PMetaLearner):
+            return loss
+        idle = [p.sum() for p in self.learner.attention.parameters()]
+        return loss + 0.0 * torch.stack(idle).sum() if idle else loss
 
     def averaging(self, now: bool) -> AbstractContextManager[None]:
         """Gradients are averaged over all processes once for each update, in its last pass."""
@@ -400,6 +406,7 @@ def _processes(device: torch.device) -> tuple[int, int]:
 
 def _leave() -> None:
     if dist.is_initialized():
+        gc.collect()  # of what is left of DDP, whose threads end with it
         dist.destroy_process_group()
 
 
