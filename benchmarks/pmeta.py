@@ -300,7 +300,7 @@ def table(args: argparse.Namespace) -> None:
     for row in [*rows, *ablation]:
         print(f"{row['setting']:18} {row['rule']:22} {row['seed']}  "
               f"{100 * row['accuracy']:6.2f} ± {100 * row['interval']:.2f} %  "
-              f"{row['peak_kb']:8.1f} KiB (measured {row['measured_peak_kb']:8.1f})  "
+              f"{row['peak_kb']:8.1f} KiB (measured {row.get('measured_peak_kb', 0.0):8.1f})  "
               f"{row['gmacs']:.4f} GMACs  {row.get('steps', '')}")  # fmt: skip
     for row in ratios:
         print(row)
