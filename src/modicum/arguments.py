@@ -405,14 +405,14 @@ def parse_any_episodes(ways: str, shots: str, queries: int) -> EpisodeRule:
     from modicum.tasks import FixedEpisodes, VariousEpisodes
 
     parts = ways.split("-")
-    if len(parts) > 2 or not all(p.isdigit() for p in parts):
+    if len(parts) > 2 or not all(p.isdecimal() for p in parts):
         raise UsageError(f"--ways {ways} is neither a number nor a range", hint="--ways 5-10")
     known = int(ways) if len(parts) == 1 else tuple(map(int, parts))
     where = "--ways, --shots, --queries"
     if shots == "various":
         both = known if isinstance(known, tuple) else (known, known)
         return _valid(VariousEpisodes, {"ways": both, "queries": queries}, where)
-    if not shots.isdigit():
+    if not shots.isdecimal():
         raise UsageError(f"--shots {shots} is neither a number nor 'various'", hint="--shots 5")
     return _valid(FixedEpisodes, {"ways": known, "shots": int(shots), "queries": queries}, where)
 

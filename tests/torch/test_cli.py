@@ -367,8 +367,11 @@ def test_compare_on_tasks_draws_various_shots_and_takes_all_methods_by_default(
     assert {"none", "last", "full", "transductive"} <= {r["label"] for r in data["rows"]}
     named = arguments.task_methods("mcunet-5fps")
     assert named.endswith("transductive,sparse_update:scheme=mcunet-99kb")
-    wrong = modicum(*words, "--shots", "many")
-    assert wrong.code == 2 and "neither a number nor 'various'" in wrong.out
+    for odd in ("many", "\u00b2", "-1", "1.5"):  # a raised 2 is a digit and no number
+        wrong = modicum(*words, f"--shots={odd}")
+        assert wrong.code == 2 and "neither a number nor 'various'" in wrong.out
+    for odd in (["--ways", "3-600", "--shots", "various"], ["--ways", "\u00b2"], ["--shots", "0"]):
+        assert modicum(*words, *odd).code == 2
     rules = modicum("compare", net, *SHAPE, "--rules", "anil", "--data", shots / "base.npz",
                     "--test", shots / "base.npz", "--ways", 3, "--shots", "various", "--out",
                     tmp_path / "rules")  # fmt: skip

@@ -264,13 +264,16 @@ class PMetaLearner(GradientLearner):
     def _keep_one(self, k: int) -> None:
         """Step k updates something: where every entry that keeps the limit has fallen to 0, the
         last of them stays, with a thousandth of `rate`, from which it may rise again."""
-        memory, limit = self.memory, self.limit()
-        assert memory is not None
-        active = self.active(k)
-        fit = [n for n in self.layers if n in active and memory.peak(frozenset({n})) <= limit]
-        rows = [self.layers.index(name) for name in fit]
+        rows = [self.layers.index(name) for name in self._fitting(self.active(k))]
         if rows and not bool((self.alpha[rows, k] > 0).any()):
             self.alpha[rows[-1], k] = self.rule.rate / 1000
+
+    def _fitting(self, active: frozenset[str]) -> list[str]:
+        """Those of these layers that keep the limit of the end alone, in the order of the net."""
+        memory, limit = self.memory, self.limit()
+        assert memory is not None
+        alone = [name for name in self.layers if name in active]
+        return [name for name in alone if memory.peak(frozenset({name})) <= limit]
 
     def limit_now(self) -> int | None:
         """The limit on the peak dynamic memory of a step at this point of the training."""
@@ -308,10 +311,9 @@ class PMetaLearner(GradientLearner):
     def _weakest(self, active: frozenset[str], k: int) -> str:
         """Which of these layers step k can do without; not the only one that keeps the limit of
         the end alone."""
-        memory, limit = self.memory, self.limit()
+        memory, fit = self.memory, self._fitting(active)
         assert memory is not None
-        fit = {name for name in active if memory.peak(frozenset({name})) <= limit}
-        order = [name for name in self.layers if name in active and fit != {name}]
+        order = [name for name in self.layers if name in active and fit != [name]]
         if self.rule.pruning == "random":
             return random.Random(f"{k} {len(order)}").choice(order)
         if self.rule.pruning == "last":

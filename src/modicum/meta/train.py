@@ -71,9 +71,11 @@ def metatrain(
     rank, world = _processes(next(net.parameters()).device)
     sources = [_source(given, preprocess, config) for given in (dataset, validation, test)]
     assert sources[0] is not None
-    if sources[2] is not None:
-        _check_outputs(net, sources[2])
     run = _Run(net, sources[0], config, Path(out), sources[1], rank, world, progress)
+    for source in sources:  # says now what does not fit
+        if source is not None:
+            _check_outputs(net, source)
+    _check_sizes(sources[0], config)
     trace = run.train()
     if sources[2] is not None:
         trace = trace.model_copy(update={"test": run.test(sources[2], test_tasks)})
@@ -176,13 +178,9 @@ class _Run:
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.seconds = 0.0
-        self.labels = True
+        self.labels = _of_labels(source)
 
     def train(self) -> MetaTrace:
-        for source in (self.source, self.validation):  # says now what does not fit
-            if source is not None:
-                self.labels = _check_outputs(self.net, source)
-        _check_sizes(self.source, self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
         board = _tensorboard(self.folder) if self.rank == 0 else None
@@ -434,24 +432,28 @@ def _check_sizes(source: TaskSource, config: MetaTrain) -> None:
         raise UsageError(f"p-Meta does not take {tasks}", why=why, hint="one number of --ways")
 
 
-def _check_outputs(net: nn.Module, source: TaskSource) -> bool:
-    """Whether tasks are of labels; raise UsageError where the net has too few outputs for them."""
+def _of_labels(source: TaskSource) -> bool:
+    """Whether tasks are of labels, not of float targets."""
+    return not np.issubdtype(source.draw(0, 0)[1].dtype, np.floating)
+
+
+def _check_outputs(net: nn.Module, source: TaskSource) -> None:
+    """Raise UsageError where the net has too few outputs for the labels of the tasks."""
+    if isinstance(net, FewShot) or not _of_labels(source):
+        return
     xs, ys, _, _ = source.draw(0, 0)
-    labels = not np.issubdtype(ys.dtype, np.floating)
-    if labels and not isinstance(net, FewShot):
-        training, device = net.training, next(net.parameters()).device
-        with torch.no_grad():
-            outputs = net.eval()(torch.from_numpy(xs[:1]).to(device)).shape[-1]
-        net.train(training)
-        ways = int(ys.max()) + 1
-        if isinstance(source, Episodes):  # up to the classes that there are
-            ways = max(ways, min(source.rule.range[1], len(source.dataset.classes)))
-        if outputs < ways:
-            raise UsageError(
-                f"the model has {outputs} outputs, and tasks have {ways} ways",
-                hint="a head with an output for each way, or fewer --ways",
-            )
-    return labels
+    training, device = net.training, next(net.parameters()).device
+    with torch.no_grad():
+        outputs = net.eval()(torch.from_numpy(xs[:1]).to(device)).shape[-1]
+    net.train(training)
+    ways = int(ys.max()) + 1
+    if isinstance(source, Episodes):  # up to the classes that there are
+        ways = max(ways, min(source.rule.range[1], len(source.dataset.classes)))
+    if outputs < ways:
+        raise UsageError(
+            f"the model has {outputs} outputs, and tasks have {ways} ways",
+            hint="a head with an output for each way, or fewer --ways",
+        )
 
 
 def _optimizer(config: MetaTrain, learner: Learner) -> torch.optim.Optimizer:
