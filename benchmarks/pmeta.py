@@ -75,7 +75,7 @@ SETTINGS = {
     "omniglot-20w1s": Setting("omniglot", 20, 1, 5, "conv4", 10),
     "tiny-5w1s": Setting("tiny", 5, 1, 10, "conv4", 8),
     "tiny-5w5s": Setting("tiny", 5, 5, 10, "conv4", 6),
-    "tiny-5w1s-resnet12": Setting("tiny", 5, 1, 5, "resnet12", 4, 200),
+    "tiny-5w1s-resnet12": Setting("tiny", 5, 1, 5, "resnet12", 6, 200),
 }
 
 

@@ -80,7 +80,7 @@ def setting(args: argparse.Namespace) -> tuple[Environment, RL]:
         config = RL(iterations=args.iterations or 30, tasks=12, episodes=10, outer=search)
         return Navigation2D(horizon=100), config
     config = RL(
-        iterations=args.iterations or 40, tasks=8, episodes=20, discount=0.95, gae=0.95,
+        iterations=args.iterations or 100, tasks=8, episodes=20, discount=0.95, gae=0.95,
         outer=TRPO(kl=0.02, damping=0.1),
     )  # fmt: skip
     return CHEETAHS[args.task](horizon=100), config
@@ -95,11 +95,18 @@ def policy(environment: Environment, seed: int) -> GaussianPolicy:
 
 
 def rule(name: str, environment: Environment, config: RL) -> MAML | PMeta:
-    maml = MAML(steps=1, rate=0.1 if isinstance(environment, Navigation2D) else 0.3)
+    """On HalfCheetah by first-order gradients: from 2,000 samples the second derivatives of an
+    inner step are noise (two outer gradients from other samples have a cosine of 0.00, not 0.02).
+    There p-Meta begins with larger steps, since it takes them in one layer.
+    """
+    if isinstance(environment, Navigation2D):
+        maml, first = MAML(steps=1, rate=0.1), 0.1
+    else:
+        maml, first = MAML(steps=1, rate=0.1, order="first"), 0.2
     if name == "maml":
         return maml
     (whole,) = step_costs(maml.learner(policy(environment, 0)), environment, config)
-    return PMeta(steps=1, rate=maml.rate, rho=0.3, ram=whole.memory // 2)
+    return PMeta(steps=1, rate=first, order=maml.order, rho=0.3, ram=whole.memory // 2)
 
 
 def train(

@@ -29,6 +29,7 @@ from modicum.meta import (
 )
 from modicum.meta.inner import gradient_steps, output
 from modicum.meta.norms import MetaNorm
+from modicum.meta.reptile import mini_batch
 from modicum.models import Conv4, ResNet12, SineNet
 from modicum.ops.attention import clip, most_kept
 from modicum.tasks import FixedEpisodes, Preprocess, load
@@ -153,7 +154,8 @@ def test_mamlpp_begins_with_first_order_gradients():
 @pytest.mark.parametrize("kind", ["maml", "anil", "boil", "maml++", "reptile", "p-meta"])
 def test_tasks_at_once_are_tasks_one_after_the_other(kind):
     net, drawn = small(), task(tasks=3)
-    learner = RULES[kind](steps=2, rate=0.3).learner(net).double().train()
+    more = {"batch": 4} if kind == "reptile" else {}
+    learner = RULES[kind](steps=2, rate=0.3, **more).learner(net).double().train()
     together = gradients(learner, drawn)
     learner.zero_grad()
     for i in range(3):
@@ -245,6 +247,28 @@ def test_reptile_with_a_whole_step_is_the_mean_of_what_the_tasks_end_with(tmp_pa
     config = MetaTrain(rule=Reptile(steps=2, rate=0.25), epochs=1, episodes=2, tasks=2)
     metatrain(net, Targets(), None, config, out=tmp_path)
     assert float(net.w.detach()) == pytest.approx(np.mean([0.25 * 5, 1 + 0.25 * 4]), abs=1e-12)
+
+
+@given(st.integers(1, 90), st.integers(1, 20))
+def test_mini_batches_of_reptile_deal_out_all_samples(n, size):
+    parts = max(1, n // size)
+    dealt = [mini_batch(n, size, k) for k in range(parts)]
+    assert torch.cat(dealt).sort()[0].tolist() == list(range(n))
+    assert all(len(rows) >= min(size, n) for rows in dealt)
+    assert torch.equal(mini_batch(n, size, parts), dealt[0])
+
+
+def test_reptile_sees_another_mini_batch_in_each_step():
+    """loss mean (w - y)^2: a step is w <- w - 2a (w - mean of its samples)."""
+    xs, xq = torch.zeros(4, 1, dtype=torch.float64), torch.zeros(5, 1, dtype=torch.float64)
+    ys, yq = torch.randn(4, 1, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
+    learner = Reptile(steps=3, rate=0.2, batch=4).learner(Constant(5.0)).double().train()
+    learner.task(xs, ys, xq, yq)[0].backward()
+    w, y = 5.0, torch.cat([ys, yq])
+    for k in range(3):
+        w -= 0.4 * (w - float(y[mini_batch(9, 4, k)].mean()))
+    assert float(learner.net.w.grad) == pytest.approx(5.0 - w, abs=1e-12)
+    assert not torch.equal(mini_batch(9, 4, 0), mini_batch(9, 4, 1))
 
 
 # ---- MAML++ --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,10 +18,12 @@ class Reptile(Rule):
     """Inner rule: `steps` gradient steps of size `rate` on a task, from w, to w_K.
     Outer rule: w <- w + eps mean_tasks(w_K - w), eps the outer rate; no gradient of a gradient.
 
-    In meta-training the inner rule sees support and query, in one batch; `judged` steps when a
-    task is judged, on its support alone.  With eps = 1 and one process it is FedAvg over tasks.
+    In meta-training the inner rule sees support and query, shuffled and dealt out in mini-batches
+    of about `batch` samples, one a step, in turn: that they are others in each step is what makes
+    steps on one help on the next.  A task is judged by `judged` steps on its whole support set.
+    With eps = 1 and one process it is FedAvg over tasks.
 
-    Nichol et al., 2018 (arXiv 1803.02999).
+    Nichol et al., 2018 (arXiv 1803.02999), who have mini-batches of 10 for 5 ways.
     """
 
     OUTER: ClassVar[dict[str, Any]] = {
@@ -31,6 +34,7 @@ class Reptile(Rule):
     kind: Literal["reptile"] = "reptile"
     steps: Annotated[int, Field(ge=1)] = 5
     rate: InnerRate = 0.1
+    batch: Annotated[int, Field(ge=1)] = 10
     judged: Steps = 20
     norms: Literal["batch", "frozen"] = "batch"  # the inner rule moves all, per-step ones are not
 
@@ -56,14 +60,31 @@ class ReptileLearner(GradientLearner):
             gradient_steps(self.net, still, self.moved, (xs, ys), steps, self.step_size, False)
         )
 
+    def trained(self, x: Tensor, y: Tensor) -> Params:
+        """The weights after one step on each mini-batch in turn."""
+        params = detached(own_params(self.net))
+        for k in range(self.steps):
+            rows = mini_batch(len(x), self.rule.batch, k)
+            part = x[rows], y[rows]
+            (params,) = gradient_steps(self.net, params, self.moved, part, 1, self.step_size, False)
+        return params
+
     def task(self, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> tuple[Tensor, Tensor]:
         """In training a loss whose gradient is w - w_K, with the value of the queries' loss."""
         if not self.training:
             return super().task(xs, ys, xq, yq)
-        last = self.adapt(torch.cat([xs, xq]), torch.cat([ys, yq]), self.steps)[-1]
+        last = self.trained(torch.cat([xs, xq]), torch.cat([ys, yq]))
         with torch.no_grad():
             out = output(self.net, last, xq, self.steps)
             value = loss_of(out, yq)
         pulls = [(w * (w - last[n]).detach()).sum() for n, w in own_params(self.net).items()]
         pull = torch.stack(pulls).sum()
         return value + pull - pull.detach(), out
+
+
+def mini_batch(n: int, size: int, step: int) -> Tensor:
+    """The rows of n samples that a step sees: parts of `size` or more of them, in turn, in an
+    order that is the same for every task; samples are drawn at random already."""
+    order = np.random.default_rng(n).permutation(n)  # torch's would differ by task under vmap
+    parts = max(1, n // size)
+    return torch.from_numpy(order[step % parts :: parts].copy())
