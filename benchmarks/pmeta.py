@@ -102,7 +102,7 @@ def main_set(setting: Setting) -> dict[str, Rule]:
         "p-Meta": pmeta,
         "p-Meta, batch norms": pmeta.model_copy(update={"norms": "batch"}),
         "ProtoNet": ProtoNet(norms="batch"),
-        "Reptile": Reptile(rate=rate),
+        "Reptile": Reptile(rate=rate, passes=2 if setting.ways == 20 else 1),
     }
 
 

@@ -87,11 +87,10 @@ def setting(args: argparse.Namespace) -> tuple[Environment, RL]:
 
 
 def policy(environment: Environment, seed: int) -> GaussianPolicy:
-    """Of a size that so few episodes do for."""
+    """Two layers of 100, as MAML's.  With 32 some seeds of HalfCheetah gain nothing at first."""
     torch.manual_seed(seed)
-    wide = isinstance(environment, Navigation2D)
-    hidden, std = ((100, 100), 1.0) if wide else ((32, 32), 0.5)
-    return GaussianPolicy(environment.observations, environment.actions, hidden, std)
+    std = 1.0 if isinstance(environment, Navigation2D) else 0.5
+    return GaussianPolicy(environment.observations, environment.actions, (100, 100), std)
 
 
 def rule(name: str, environment: Environment, config: RL) -> MAML | PMeta:

@@ -154,8 +154,7 @@ def test_mamlpp_begins_with_first_order_gradients():
 @pytest.mark.parametrize("kind", ["maml", "anil", "boil", "maml++", "reptile", "p-meta"])
 def test_tasks_at_once_are_tasks_one_after_the_other(kind):
     net, drawn = small(), task(tasks=3)
-    more = {"batch": 4} if kind == "reptile" else {}
-    learner = RULES[kind](steps=2, rate=0.3, **more).learner(net).double().train()
+    learner = RULES[kind](steps=2, rate=0.3).learner(net).double().train()
     together = gradients(learner, drawn)
     learner.zero_grad()
     for i in range(3):
@@ -250,25 +249,27 @@ def test_reptile_with_a_whole_step_is_the_mean_of_what_the_tasks_end_with(tmp_pa
 
 
 @given(st.integers(1, 90), st.integers(1, 20))
-def test_mini_batches_of_reptile_deal_out_all_samples(n, size):
-    parts = max(1, n // size)
-    dealt = [mini_batch(n, size, k) for k in range(parts)]
+def test_mini_batches_of_reptile_deal_out_all_samples(n, parts):
+    dealt = [mini_batch(n, parts, k) for k in range(min(parts, n))]
     assert torch.cat(dealt).sort()[0].tolist() == list(range(n))
-    assert all(len(rows) >= min(size, n) for rows in dealt)
-    assert torch.equal(mini_batch(n, size, parts), dealt[0])
+    assert all(len(rows) >= n // parts for rows in dealt)
+    assert torch.equal(mini_batch(n, parts, len(dealt)), dealt[0])
 
 
 def test_reptile_sees_another_mini_batch_in_each_step():
     """loss mean (w - y)^2: a step is w <- w - 2a (w - mean of its samples)."""
     xs, xq = torch.zeros(4, 1, dtype=torch.float64), torch.zeros(5, 1, dtype=torch.float64)
     ys, yq = torch.randn(4, 1, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
-    learner = Reptile(steps=3, rate=0.2, batch=4).learner(Constant(5.0)).double().train()
-    learner.task(xs, ys, xq, yq)[0].backward()
-    w, y = 5.0, torch.cat([ys, yq])
-    for k in range(3):
-        w -= 0.4 * (w - float(y[mini_batch(9, 4, k)].mean()))
-    assert float(learner.net.w.grad) == pytest.approx(5.0 - w, abs=1e-12)
-    assert not torch.equal(mini_batch(9, 4, 0), mini_batch(9, 4, 1))
+    y = torch.cat([ys, yq])
+    for passes, parts in ((1, 4), (2, 2), (4, 1), (9, 1)):
+        rule = Reptile(steps=4, rate=0.2, passes=passes)
+        learner = rule.learner(Constant(5.0)).double().train()
+        learner.task(xs, ys, xq, yq)[0].backward()
+        w = 5.0
+        for k in range(4):
+            w -= 0.4 * (w - float(y[mini_batch(9, parts, k)].mean()))
+        assert float(learner.net.w.grad) == pytest.approx(5.0 - w, abs=1e-12)
+    assert not torch.equal(mini_batch(9, 2, 0), mini_batch(9, 2, 1))
 
 
 # ---- MAML++ --------------------------------------------------------------------------------------

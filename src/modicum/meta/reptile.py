@@ -18,12 +18,13 @@ class Reptile(Rule):
     """Inner rule: `steps` gradient steps of size `rate` on a task, from w, to w_K.
     Outer rule: w <- w + eps mean_tasks(w_K - w), eps the outer rate; no gradient of a gradient.
 
-    In meta-training the inner rule sees support and query, shuffled and dealt out in mini-batches
-    of about `batch` samples, one a step, in turn: that they are others in each step is what makes
-    steps on one help on the next.  A task is judged by `judged` steps on its whole support set.
-    With eps = 1 and one process it is FedAvg over tasks.
+    In meta-training the inner rule sees support and query, shuffled and dealt out in mini-batches,
+    another one in each step, so that all steps together pass over them `passes` times: a step on
+    one mini-batch is to help on the next.  `passes` = `steps` shows each step all of them.  A task
+    is judged by `judged` steps on its whole support set.  With eps = 1 and one process it is FedAvg
+    over tasks.
 
-    Nichol et al., 2018 (arXiv 1803.02999), who have mini-batches of 10 for 5 ways.
+    Nichol et al., 2018 (arXiv 1803.02999).
     """
 
     OUTER: ClassVar[dict[str, Any]] = {
@@ -34,7 +35,7 @@ class Reptile(Rule):
     kind: Literal["reptile"] = "reptile"
     steps: Annotated[int, Field(ge=1)] = 5
     rate: InnerRate = 0.1
-    batch: Annotated[int, Field(ge=1)] = 10
+    passes: Annotated[int, Field(ge=1)] = 1
     judged: Steps = 20
     norms: Literal["batch", "frozen"] = "batch"  # the inner rule moves all, per-step ones are not
 
@@ -62,9 +63,9 @@ class ReptileLearner(GradientLearner):
 
     def trained(self, x: Tensor, y: Tensor) -> Params:
         """The weights after one step on each mini-batch in turn."""
-        params = detached(own_params(self.net))
+        params, parts = detached(own_params(self.net)), max(1, self.steps // self.rule.passes)
         for k in range(self.steps):
-            rows = mini_batch(len(x), self.rule.batch, k)
+            rows = mini_batch(len(x), parts, k)
             part = x[rows], y[rows]
             (params,) = gradient_steps(self.net, params, self.moved, part, 1, self.step_size, False)
         return params
@@ -82,9 +83,9 @@ class ReptileLearner(GradientLearner):
         return value + pull - pull.detach(), out
 
 
-def mini_batch(n: int, size: int, step: int) -> Tensor:
-    """The rows of n samples that a step sees: parts of `size` or more of them, in turn, in an
-    order that is the same for every task; samples are drawn at random already."""
+def mini_batch(n: int, parts: int, step: int) -> Tensor:
+    """The rows of n samples that a step sees: one of so many parts, in turn, in an order that is
+    the same for every task; samples are drawn at random already."""
     order = np.random.default_rng(n).permutation(n)  # torch's would differ by task under vmap
-    parts = max(1, n // size)
+    parts = min(parts, n)
     return torch.from_numpy(order[step % parts :: parts].copy())
