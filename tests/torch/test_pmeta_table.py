@@ -36,7 +36,8 @@ def training(folder: Path, rule: str, accuracy: float, epochs: int = 3) -> None:
 
 
 def tabled(pmeta, monkeypatch, out: Path, file: Path, kib: float) -> dict:
-    costs = {"peak_kb": kib, "measured_peak_kb": kib, "gmacs": 1.0, "steps": "3"}
+    costs = {"peak_kb": kib, "measured_peak_kb": kib, "gmacs": 1.0,
+             "measured_gmacs": 1.0, "steps": "3"}  # fmt: skip
     monkeypatch.setattr(pmeta, "costs", lambda setting, folder: costs)
     pmeta.table(SimpleNamespace(out=out, json=file, verb="table"))
     return json.loads(file.read_text())
@@ -66,6 +67,15 @@ def test_rows_of_another_machine_stay_and_own_ones_are_renewed(pmeta, monkeypatc
 
     again = tabled(pmeta, monkeypatch, tmp_path / "nowhere", file, 0.0)
     assert again["rows"] == made["rows"]
+
+
+def test_what_a_row_lacks_is_counted_where_it_depends_on_no_weights(pmeta, monkeypatch):
+    monkeypatch.setattr(pmeta, "counted", lambda setting, net, learner: {"measured_gmacs": 2.0})
+    for rule, gains in (("MAML", True), ("Reptile", True), ("p-Meta", False), ("ProtoNet", False)):
+        row = {"setting": "omniglot-5w1s", "rule": rule, "seed": 0, "gmacs": 1.0}
+        known = row | {"measured_gmacs": 1.0}
+        assert pmeta.recounted(known) == known
+        assert pmeta.recounted(row) == (row | {"measured_gmacs": 2.0} if gains else row)
 
 
 def test_ablations_have_a_table_of_their_own(pmeta, monkeypatch, tmp_path):
