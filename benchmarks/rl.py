@@ -95,8 +95,7 @@ def policy(environment: Environment, seed: int) -> GaussianPolicy:
 
 def rule(name: str, environment: Environment, config: RL) -> MAML | PMeta:
     """On HalfCheetah by first-order gradients: from 2,000 samples the second derivatives of an
-    inner step are noise (two outer gradients from other samples have a cosine of 0.00, not 0.02).
-    There p-Meta begins with larger steps, since it takes them in one layer.
+    inner step are mostly noise.  There p-Meta begins with larger steps: it takes them in one layer.
     """
     if isinstance(environment, Navigation2D):
         maml, first = MAML(steps=1, rate=0.1), 0.1
